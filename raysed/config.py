@@ -1,0 +1,316 @@
+"""The configuration of a run: frozen dataclasses, the paper's values as defaults, a docstring with the unit under each field.
+
+A variant is `dataclasses.replace` or `with_overrides`, never a mutation.  Checks that need no data stand in `__post_init__`.
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import json
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from raysed.errors import UsageError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UsageError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    uri: str | None = None
+    """Tile store: a local path or s3://bucket/prefix."""
+    bad_tile_budget: float = 0.001
+    """Share of the tiles that may be unusable before the run stops (exit 4)."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.bad_tile_budget <= 1, f"data.bad_tile_budget must lie in 0..1, got {self.bad_tile_budget}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    arch: str = "efficientunet-b0"
+    """unet, efficientunet-b0, efficientunet-b4, or unet:<any encoder of segmentation-models-pytorch>."""
+    encoder_weights: str | None = None
+    """Encoder weights to start from: none (from scratch), a name that smp knows such as imagenet (downloaded), or a
+    .safetensors or .pth file of a state dict."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    gamma: float = 2.0
+    """Focusing power of the focal loss; 0 is weighted cross-entropy."""
+    alpha_power: float = 0.5
+    """Class weight is (pixel frequency)^-alpha_power, mean 1 over present classes; 0 weights all classes alike."""
+
+    def __post_init__(self) -> None:
+        _require(self.gamma >= 0, f"loss.gamma must not be negative, got {self.gamma}")
+        _require(0 <= self.alpha_power <= 1, f"loss.alpha_power must lie in 0..1, got {self.alpha_power}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    lr: float = 5e-5
+    """Adam step size; beta1 0.9, beta2 0.999."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate over the run; cosine decays to zero at the last step."""
+    batch: int = 16
+    """Tiles an optimiser step, over all workers."""
+    micro_batch: int = 8
+    """Tiles a forward pass.  A step is batch / micro_batch of them whatever the worker count, so batch norm sees the same groups."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Autocast type; auto is bf16 where the device computes in it, else fp16 on GPUs and fp32 on CPUs."""
+    ordered_sums: bool = False
+    """Sum gradients in micro-batch order, so that any worker count gives the same bits; slower than DDP's all-reduce."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
+        _require(self.micro_batch >= 1, f"optim.micro_batch must be at least 1, got {self.micro_batch}")
+        _require(
+            self.batch >= 1 and self.batch % self.micro_batch == 0,
+            f"optim.batch must be a multiple of optim.micro_batch, got {self.batch} and {self.micro_batch}",
+        )
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches a step."""
+        return self.batch // self.micro_batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    turns: bool = True
+    """Turn by a random one of 0, 90, 180, 270 degrees."""
+    max_noise_variance: float = 0.04
+    """Upper end of the variance of Gaussian noise, image in 0..1; 0 is off."""
+    max_hue_shift: float = 30.0
+    """Largest hue shift either way, degrees; 0 is off."""
+    max_saturation_shift: float = 0.15
+    """Largest saturation shift either way, of 0..1; 0 is off."""
+    max_value_shift: float = 0.15
+    """Largest value (brightness) shift either way, of 0..1; 0 is off."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_noise_variance", "max_hue_shift", "max_saturation_shift", "max_value_shift"):
+            _require(getattr(self, name) >= 0, f"augment.{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectConfig:
+    strategy: str = "uniform"
+    """How a cycle's tiles are chosen: uniform (passive) or entropy (the paper's active selection)."""
+    fraction: float = 0.2
+    """Share of the training tiles that a cycle trains on."""
+    tiles: int | None = None
+    """Tiles a cycle trains on; none means by fraction."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.fraction <= 1, f"select.fraction must lie in (0, 1], got {self.fraction}")
+        _require(self.tiles is None or self.tiles >= 1, f"select.tiles must be at least 1, got {self.tiles}")
+
+    def budget(self, pool: int) -> int:
+        """Tiles a cycle out of a pool of so many.
+
+        Raises:
+            UsageError: more than there are, or an empty pool.
+        """
+        _require(pool > 0, "the pool is empty: the store has no labelled tile in split train")
+        wanted = self.tiles if self.tiles is not None else max(1, int(self.fraction * pool))
+        _require(wanted <= pool, f"select.tiles asks for {wanted} tiles a cycle, the pool has {pool}")
+        return wanted
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    workers: int = 1
+    """Training workers (data-parallel ranks)."""
+    scorers: int | None = None
+    """Scoring actors; none means one a GPU, or one a CPU up to 2 a worker."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where networks run; auto is cuda if the cluster has a GPU for every worker."""
+    worker_cpus: float = 0.5
+    """CPUs that Ray reserves for a training worker (its threads are set by the node's CPUs, not by this)."""
+    scorer_cpus: float = 0.1
+    """CPUs that Ray reserves for a scorer; scorers work while the workers wait."""
+    reader_cpus: float = 0.25
+    """CPUs that Ray reserves for a task that reads and augments tiles."""
+    worker_gpus: float = 0.75
+    """Share of a GPU for a training worker; more than half, so that two never meet on one."""
+    scorer_gpus: float = 0.25
+    """Share of a GPU for a scorer."""
+    threads: int | None = None
+    """Torch threads of a worker; none means the node's CPUs divided by its workers."""
+    cache_gib: float = 2.0
+    """Memory a scorer, and a worker for validation, may use for decoded tiles, GiB."""
+    chunk: int = 256
+    """Tiles a worker drains from its stream at once; the next chunk is read while this one trains."""
+    wait_nodes: float = 300.0
+    """Seconds to wait for the cluster to offer what was asked for (exit 7 after that)."""
+    shared_filesystem: bool = False
+    """Local paths are the same files on every node."""
+
+    def __post_init__(self) -> None:
+        _require(self.workers >= 1, f"cluster.workers must be at least 1, got {self.workers}")
+        _require(self.scorers is None or self.scorers >= 1, f"cluster.scorers must be at least 1, got {self.scorers}")
+        _require(self.chunk >= 1, f"cluster.chunk must be at least 1, got {self.chunk}")
+        for name in ("worker_cpus", "scorer_cpus", "reader_cpus"):
+            _require(getattr(self, name) > 0, f"cluster.{name} must be positive, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that determines a run.  `Experiment()` is the paper's passive baseline."""
+
+    run: str | None = None
+    """Run directory: a local path or s3://bucket/prefix.  The same directory continues the run."""
+    seed: int = 0
+    """Initial weights, order, augmentation and selection all follow from it."""
+    cycles: int = 100
+    """Training cycles."""
+    baseline: bool = False
+    """Also run the matched uniform arm (same seed, weights, tiles a cycle) and report both."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.cycles >= 1, f"cycles must be at least 1, got {self.cycles}")
+        _require(
+            self.cluster.workers <= self.optim.micro_batches,
+            f"{self.cluster.workers} workers need at least as many micro-batches a step, but optim.batch {self.optim.batch} / "
+            f"optim.micro_batch {self.optim.micro_batch} is {self.optim.micro_batches}: lower --optim.micro-batch or raise --optim.batch",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict, as in `config.json`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], where: str = "config") -> "Experiment":
+        """From a (partial) nested dict, over the defaults.
+
+        Raises:
+            UsageError: unknown field or wrong type, with the nearest name.
+        """
+        return with_overrides(cls(), dict(flatten(fields)), where)
+
+    def differences(self, other: "Experiment", *, ignore: tuple[str, ...] = ()) -> dict[str, tuple[Any, Any]]:
+        """Dotted field -> (own value, the other's value), for fields that differ."""
+        mine, theirs = dict(flatten(self.to_dict())), dict(flatten(other.to_dict()))
+        return {k: (v, theirs[k]) for k, v in mine.items() if v != theirs[k] and not k.startswith(ignore)}
+
+
+@dataclass(frozen=True)
+class Field:
+    """One leaf of the configuration."""
+
+    name: str
+    """Dotted name."""
+    kind: Any
+    """Its annotation."""
+    default: Any
+    doc: str
+
+
+@cache
+def fields_of(cls: type = Experiment, prefix: str = "") -> tuple[Field, ...]:
+    """All leaves of a config class in order of definition."""
+    docs, hints, found = _docs(cls), get_type_hints(cls), []
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[f.name]):
+            found += fields_of(hints[f.name], f"{prefix}{f.name}.")
+        else:
+            found.append(Field(prefix + f.name, hints[f.name], f.default, docs[f.name]))
+    return tuple(found)
+
+
+def _docs(cls: type) -> dict[str, str]:
+    """Field name -> the string under it."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    return {
+        node.target.id: " ".join(text.value.value.split())
+        for node, text in zip(body, body[1:], strict=False)
+        if isinstance(node, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+
+
+def flatten(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of the leaves of a nested dict."""
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def with_overrides(base: Experiment, values: Mapping[str, Any], where: str) -> Experiment:
+    """A copy of `base` with dotted fields replaced; `where` names their origin in errors.
+
+    Raises:
+        UsageError: unknown field (with the nearest name), wrong type, or a value a check refuses.
+    """
+    known = {f.name: f for f in fields_of()}
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise UsageError(f"{where}: unknown field {name!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+        *groups, leaf = name.split(".")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[leaf] = _typed(known[name], value, where)
+    return _replace(base, tree)
+
+
+def _replace(base: Any, tree: Mapping[str, Any]) -> Any:
+    changes = {k: _replace(getattr(base, k), v) if isinstance(v, dict) else v for k, v in tree.items()}
+    return dataclasses.replace(base, **changes)
+
+
+def _typed(spec: Field, value: Any, where: str) -> Any:
+    """The value as the field's type; strings are parsed, `none` is None where allowed."""
+    options = get_args(spec.kind) if get_origin(spec.kind) is not Literal else ()
+    optional = type(None) in options
+    if value is None or (optional and value == "none"):
+        if optional:
+            return None
+        raise UsageError(f"{where}: {spec.name} must not be none")
+    kind = next((o for o in options if o is not type(None)), spec.kind)
+    if get_origin(kind) is Literal:
+        if value in get_args(kind):
+            return value
+        raise UsageError(f"{where}: {spec.name} must be one of {', '.join(get_args(kind))}, got {value!r}")
+    try:
+        if kind is bool:
+            return value if isinstance(value, bool) else {"true": True, "false": False}[str(value).lower()]
+        if kind is float and not isinstance(value, bool):
+            return float(value)
+        if kind is int and not isinstance(value, (bool, float)):
+            return int(value)
+        if kind is str and isinstance(value, str):
+            return value
+    except (ValueError, KeyError):
+        pass
+    raise UsageError(f"{where}: {spec.name} must be {kind.__name__}, got {value!r}")
+
+
+def load_config(text: str, where: str) -> Experiment:
+    """Experiment from the text of a JSON file, as `config.json` of a run or the best configuration of a sweep."""
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{where}: not JSON, line {error.lineno}: {error.msg}") from error
+    if not isinstance(fields, dict):
+        raise UsageError(f"{where}: expected a JSON object, got {type(fields).__name__}")
+    return Experiment.from_dict(fields, where)

@@ -1,0 +1,1 @@
+"""Functions of plain arrays: no Ray, no files."""

@@ -1,0 +1,1 @@
+"""Bytes, files and object storage: no Ray."""

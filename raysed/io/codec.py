@@ -1,0 +1,58 @@
+"""Image and label bytes of a stored tile: lossless WebP and PNG, decoded by an allow-list only."""
+
+import hashlib
+import io
+
+import cv2
+import numpy as np
+from PIL import Image
+
+_WEBP, _PNG = b"RIFF", b"\x89PNG\r\n\x1a\n"
+
+
+def encode_image(image: np.ndarray) -> bytes:
+    """(H, W, 3) uint8 RGB to lossless WebP (the smallest of the encodings tried; about 3 ms for 256 x 256)."""
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, "WEBP", lossless=True, quality=0, method=0, exact=True)
+    return out.getvalue()
+
+
+def encode_label(label: np.ndarray) -> bytes:
+    """(H, W) uint8 to PNG."""
+    out = io.BytesIO()
+    Image.fromarray(label).save(out, "PNG", compress_level=6)
+    return out.getvalue()
+
+
+def decode_image(data: bytes, side: int) -> np.ndarray:
+    """Stored image bytes to (side, side, 3) uint8 RGB.
+
+    Raises:
+        ValueError: another format or another size than the store's.
+    """
+    if data[:4] != _WEBP or data[8:12] != b"WEBP":
+        raise ValueError(f"stored image is not WebP, it starts with {data[:12]!r}")
+    return _checked(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB), (side, side, 3))
+
+
+def decode_label(data: bytes, side: int) -> np.ndarray:
+    """Stored label bytes to (side, side) uint8.
+
+    Raises:
+        ValueError: another format or another size than the store's.
+    """
+    if data[:8] != _PNG:
+        raise ValueError(f"stored label is not PNG, it starts with {data[:8]!r}")
+    return _checked(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED), (side, side))
+
+
+def _checked(array: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+    if array is None or array.shape != shape or array.dtype != np.uint8:
+        found = "nothing" if array is None else f"{array.shape} {array.dtype}"
+        raise ValueError(f"decoded to {found}, the store holds {shape} uint8")
+    return array
+
+
+def tile_hash(image: bytes, label: bytes | None) -> str:
+    """sha256 of a tile's stored bytes, image then label."""
+    return hashlib.sha256(image + (label or b"")).hexdigest()

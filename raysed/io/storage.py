@@ -1,0 +1,274 @@
+"""One root, on disk or `s3://`, and the few operations raysed needs on it.
+
+Credentials, region and endpoint come from the standard AWS environment and profile, never from the URI.  A `Storage` pickles
+as its URI, so every process builds its own client: a pyarrow S3 filesystem loses its retry strategy when pickled.
+"""
+
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from raysed.errors import StorageError, UsageError
+
+GAP = 8 << 10
+"""Bytes between two wanted ranges up to which one request fetches both."""
+_CONCURRENCY = 16
+_ATTEMPTS = 6
+_T = TypeVar("_T")
+
+
+class Storage:
+    """A directory or bucket prefix.
+
+    Args:
+        uri: a local path, `file://` or `s3://bucket/prefix`.
+
+    Raises:
+        UsageError: another scheme, credentials in the URI, or no bucket.
+    """
+
+    def __init__(self, uri: str) -> None:
+        scheme, _, rest = uri.rpartition("://")
+        if scheme not in ("", "file", "s3"):
+            raise UsageError(f"storage URI {uri!r}: scheme must be file or s3, got {scheme!r}")
+        self.is_local = scheme != "s3"
+        if self.is_local:
+            self.uri = self._root = str(Path(rest).expanduser().absolute())
+            return
+        if "@" in rest or "?" in rest:
+            raise UsageError("an s3 URI must hold no credentials or options: set AWS_PROFILE or AWS_ACCESS_KEY_ID and the like")
+        self._root = rest.strip("/")
+        self.uri = f"s3://{self._root}"
+        if not re.match(r"[a-z0-9][a-z0-9.-]{2,62}(/|\Z)", self._root):
+            raise UsageError(f"storage URI {uri!r} names no valid bucket")
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return Storage, (self.uri,)
+
+    def __repr__(self) -> str:
+        return f"Storage({self.uri!r})"
+
+    def at(self, prefix: str) -> "Storage":
+        """The storage rooted at a prefix of this one."""
+        return Storage(f"{self.uri}/{_relative(prefix)}")
+
+    def read(self, path: str) -> bytes:
+        """All bytes of one object.
+
+        Raises:
+            FileNotFoundError: no such object.
+            StorageError: unreachable, or refused.
+        """
+        return self._try(path, lambda: self._read(self._full(path)))
+
+    def read_ranges(self, path: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Bytes of each (offset, length) of one object; near ranges share a request, requests run concurrently.
+
+        A range past the end of the object comes back short: whoever knows the hash of the bytes finds out.
+        """
+        requests = coalesce(spans, GAP)
+        if self.is_local:
+            parts = self._try(path, lambda: _pread(self._full(path), requests))
+        else:
+            file = self._try(path, lambda: self._open(self._full(path)))
+            parts = list(
+                _pool().map(lambda r: self._try(path, lambda: file.read_at(r[1], r[0])), requests)
+            )
+        starts = [offset for offset, _ in requests]
+        pieces = []
+        for offset, length in spans:
+            k = max(i for i, start in enumerate(starts) if start <= offset)
+            pieces.append(parts[k][offset - starts[k] : offset - starts[k] + length])
+        return pieces
+
+    def write(self, path: str, data: bytes) -> None:
+        """Write or replace one object; readers see the old bytes or the new ones, never a part."""
+        self._try(path, lambda: self._write(self._full(path), data))
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write an object that must not exist yet; False if it does.  The one operation that commits.
+
+        A put whose answer was lost and that is retried meets its own object: put a token of the owner into `data`.
+        """
+        full = self._full(path)
+        if self.is_local:
+            return self._try(path, lambda: _link_new(full, data))
+        try:
+            self._s3fs.pipe_file(full, data, mode="create")
+            return True
+        except OSError as error:
+            code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
+            if isinstance(error, FileExistsError) or code in ("PreconditionFailed", "ConditionalRequestConflict"):
+                return self._read(full) == data
+            raise StorageError(f"{self.uri}/{path}: {_line(error)}") from error
+
+    def list(self, prefix: str = "") -> dict[str, int]:
+        """Paths below a prefix, recursively, with their sizes in bytes; empty if there is nothing."""
+        return self._try(prefix, lambda: self._list(self._full(prefix) if prefix else self._root))
+
+    def exists(self, path: str) -> bool:
+        """True if there is an object of this path."""
+        if self.is_local:
+            return os.path.isfile(self._full(path))
+        return self._try(path, lambda: self._arrow.get_file_info(self._full(path)).is_file)
+
+    def remove(self, path: str) -> None:
+        """Remove one object; none is no error."""
+        full = self._full(path)
+        if self.is_local:
+            Path(full).unlink(missing_ok=True)
+            return
+        try:
+            self._try(path, lambda: self._arrow.delete_file(full))
+        except FileNotFoundError:
+            pass
+
+    def _full(self, path: str) -> str:
+        return f"{self._root}/{_relative(path)}"
+
+    def _try(self, path: str, action: Callable[[], _T]) -> _T:
+        try:
+            return action()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise StorageError(f"{self.uri}/{path}: {_line(error)}") from error
+
+    def _read(self, full: str) -> bytes:
+        if self.is_local:
+            return Path(full).read_bytes()
+        with self._arrow.open_input_stream(full) as stream:
+            return stream.read()
+
+    def _write(self, full: str, data: bytes) -> None:
+        if self.is_local:
+            os.replace(_temporary(full, data), full)
+            _fsync_directory(full)
+            return
+        with self._arrow.open_output_stream(full) as stream:
+            stream.write(data)
+
+    def _list(self, full: str) -> dict[str, int]:
+        if self.is_local:
+            root = Path(self._root)
+            return {
+                str(p.relative_to(root)): p.stat().st_size
+                for p in sorted(Path(full).rglob("*"))
+                if p.is_file() and not p.name.startswith(".raysed-")
+            }
+        from pyarrow import fs
+
+        found = self._arrow.get_file_info(fs.FileSelector(full, recursive=True, allow_not_found=True))
+        return {i.path.removeprefix(self._root + "/"): i.size for i in sorted(found, key=lambda i: i.path) if i.is_file}
+
+    def _open(self, full: str) -> Any:
+        with self._lock:
+            if full not in self._files:
+                if len(self._files) >= 512:
+                    self._files.clear()
+                self._files[full] = self._arrow.open_input_file(full)
+            return self._files[full]
+
+    @cached_property
+    def _files(self) -> dict[str, Any]:
+        return {}
+
+    @cached_property
+    def _lock(self) -> threading.Lock:
+        return threading.Lock()
+
+    @cached_property
+    def _arrow(self) -> Any:
+        from pyarrow import fs
+
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        return fs.S3FileSystem(
+            endpoint_override=endpoint,
+            region=region or ("us-east-1" if endpoint else None),
+            connect_timeout=5,
+            request_timeout=30,
+            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
+        )
+
+    @cached_property
+    def _s3fs(self) -> Any:
+        import s3fs
+
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        return s3fs.S3FileSystem(endpoint_url=endpoint, skip_instance_cache=True)
+
+
+def coalesce(spans: Sequence[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
+    """Sorted (offset, length) requests that cover all spans, merging those at most `gap` bytes apart."""
+    merged: list[tuple[int, int]] = []
+    for offset, length in sorted(spans):
+        if merged and offset - sum(merged[-1]) <= gap:
+            start = merged[-1][0]
+            merged[-1] = (start, max(sum(merged[-1]), offset + length) - start)
+        else:
+            merged.append((offset, length))
+    return merged
+
+
+def _relative(path: str) -> str:
+    parts = path.split("/")
+    if not path or "\\" in path or "\0" in path or any(p in ("", ".", "..") for p in parts):
+        raise UsageError(f"path {path[:120]!r} does not stay below its root")
+    return path
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+def _pread(full: str, requests: list[tuple[int, int]]) -> list[bytes]:
+    with open(full, "rb") as file:
+        return [os.pread(file.fileno(), length, offset) for offset, length in requests]
+
+
+def _temporary(full: str, data: bytes) -> str:
+    os.makedirs(os.path.dirname(full), exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=".raysed-", dir=os.path.dirname(full))
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(name, 0o644)
+    return name
+
+
+def _link_new(full: str, data: bytes) -> bool:
+    name = _temporary(full, data)
+    try:
+        os.link(name, full)
+    except FileExistsError:
+        return False
+    finally:
+        os.unlink(name)
+    _fsync_directory(full)
+    return True
+
+
+def _fsync_directory(full: str) -> None:
+    handle = os.open(os.path.dirname(full), os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+_threads: ThreadPoolExecutor | None = None
+
+
+def _pool() -> ThreadPoolExecutor:
+    global _threads
+    if _threads is None:
+        _threads = ThreadPoolExecutor(_CONCURRENCY, thread_name_prefix="raysed-read")
+    return _threads

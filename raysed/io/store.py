@@ -1,0 +1,298 @@
+"""The tile store: ordinary Parquet shards, an index of byte ranges, and `dataset.json`.
+
+    shards/part-00000.parquet   one row a tile, row groups of 16, image and label uncompressed and PLAIN
+    index.parquet               every tile without its pixels, with the byte range of its image and label
+    quarantine.parquet          what could not be used, and why
+    dataset.json                classes, counts, content hash; written last, so a store without it is unfinished
+
+A selection is fetched by ranged reads at the index's offsets and checked against its sha256.
+"""
+
+import hashlib
+import io
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from raysed.core.tiles import LandClass, check_id
+from raysed.errors import DataError, UsageError
+from raysed.io import codec
+from raysed.io.storage import Storage
+
+FORMAT = 1
+ROW_GROUP = 16
+_FIELDS = [
+    pa.field("tile_id", pa.string()),
+    pa.field("region", pa.string()),
+    pa.field("source", pa.string()),
+    pa.field("row", pa.int32()),
+    pa.field("col", pa.int32()),
+    pa.field("split", pa.string()),
+    pa.field("pixels", pa.list_(pa.int64())),
+    pa.field("sha256", pa.string()),
+    pa.field("crs", pa.string()),
+    pa.field("transform", pa.list_(pa.float64())),
+    pa.field("scale", pa.list_(pa.float64())),
+]
+TILES = pa.schema([*_FIELDS, pa.field("image", pa.binary()), pa.field("label", pa.binary())])
+"""Schema of a shard.  pixels: void first, then the classes; null without a label.  transform: the six numbers a b c d e f of
+x = a col + b row + c, y = d col + e row + f; null where the source has none.  scale: source pixels a tile pixel, (row, column)."""
+INDEX = pa.schema(
+    [
+        *_FIELDS,
+        pa.field("shard", pa.string()),
+        pa.field("row_group", pa.int32()),
+        pa.field("image_offset", pa.int64()),
+        pa.field("image_length", pa.int64()),
+        pa.field("label_offset", pa.int64()),
+        pa.field("label_length", pa.int64()),
+    ]
+)
+"""Schema of the index; label_offset and label_length are null without a label."""
+QUARANTINE = pa.schema([("tile_id", pa.string()), ("reason", pa.string()), ("sha256", pa.string())])
+LOCATION = [f.name for f in INDEX if f.name in ("tile_id", "sha256", "shard") or f.name.endswith(("offset", "length"))]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One decoded tile."""
+
+    tile_id: str
+    image: np.ndarray
+    """(side, side, 3) uint8 RGB."""
+    label: np.ndarray | None
+    """(side, side) uint8, 0 void, 1..C classes."""
+
+
+@dataclass(frozen=True)
+class BadTile:
+    """A tile whose bytes could not be used."""
+
+    tile_id: str
+    reason: str
+    sha256: str
+    """Of the bytes found, empty if there were none."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What `dataset.json` says."""
+
+    name: str
+    classes: tuple[LandClass, ...]
+    ignore: tuple[int, ...]
+    """Source codes that mean void."""
+    tile_size: int
+    """Side of a stored tile, pixels."""
+    tiles: dict[str, int]
+    """Tiles a split."""
+    pixels: dict[str, list[int]]
+    """Pixels a split: void first, then the classes."""
+    content_hash: str
+    """sha256 over ids, splits and tile hashes in order of id, and the classes."""
+    format: int = FORMAT
+
+    def to_json(self) -> bytes:
+        return (json.dumps(asdict(self), indent=1) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> "Dataset":
+        try:
+            fields = json.loads(data)
+            if fields["format"] != FORMAT:
+                raise DataError(f"{where}: store format {fields['format']}, this version reads {FORMAT}: prepare it anew")
+            fields["classes"] = tuple(LandClass(**c) for c in fields["classes"])
+            fields["ignore"] = tuple(fields["ignore"])
+            return cls(**fields)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{where}: not a raysed data set description ({type(error).__name__}: {error})") from error
+
+
+def write_shard(storage: Storage, path: str, tiles: Sequence[dict]) -> pa.Table:
+    """Write tiles (rows of `TILES`, sha256 filled in here) as one shard and return their rows of the index."""
+    rows = [{**t, "sha256": codec.tile_hash(t["image"], t["label"])} for t in tiles]
+    for row in rows:
+        check_id(row["tile_id"])
+    table = pa.Table.from_pylist(rows, schema=TILES)
+    light = [f.name for f in _FIELDS]
+    out = io.BytesIO()
+    pq.write_table(
+        table,
+        out,
+        row_group_size=ROW_GROUP,
+        compression={name: "NONE" if name in ("image", "label") else "ZSTD" for name in _leaves(table)},
+        use_dictionary=["region", "source", "split", "crs"],
+        write_statistics=["tile_id", "region", "source", "row", "col", "split"],
+    )
+    data = out.getvalue()
+    storage.write(path, data)
+    located = _locate(data)
+    piece = table.select(light)
+    for field in list(INDEX)[len(_FIELDS) :]:
+        values = [path] * len(rows) if field.name == "shard" else [at[field.name] for at in located]
+        piece = piece.append_column(field, pa.array(values, field.type))
+    return piece
+
+
+def _leaves(table: pa.Table) -> list[str]:
+    return [f"{f.name}.list.element" if pa.types.is_list(f.type) else f.name for f in table.schema]
+
+
+def _locate(shard: bytes) -> list[dict]:
+    """Row group and byte ranges of image and label of every row: PLAIN byte arrays are a 4-byte length, then the bytes."""
+    file = pq.ParquetFile(io.BytesIO(shard))
+    found = []
+    for group in range(file.num_row_groups):
+        meta = file.metadata.row_group(group)
+        columns = {meta.column(j).path_in_schema: meta.column(j) for j in range(meta.num_columns)}
+        cursor = {name: columns[name].data_page_offset for name in ("image", "label")}
+        for row in file.read_row_group(group, columns=["image", "label"]).to_pylist():
+            at: dict[str, int | None] = {"row_group": group}
+            for name, start in cursor.items():
+                value = row[name]
+                if value is None:
+                    at[f"{name}_offset"] = at[f"{name}_length"] = None
+                    continue
+                offset = shard.find(value, start)
+                assert int.from_bytes(shard[offset - 4 : offset], "little") == len(value)
+                at[f"{name}_offset"], at[f"{name}_length"] = offset, len(value)
+                cursor[name] = offset + len(value)
+            found.append(at)
+    return found
+
+
+def finish(
+    storage: Storage,
+    *,
+    name: str,
+    classes: tuple[LandClass, ...],
+    ignore: tuple[int, ...],
+    tile_size: int,
+    index: pa.Table,
+    quarantine: Iterable[BadTile] = (),
+) -> Dataset:
+    """Write quarantine, index and, last, `dataset.json` of a store whose shards are written."""
+    index = index.cast(INDEX).sort_by("tile_id")
+    ids = index["tile_id"].to_pylist()
+    twice = [a for a, b in zip(ids, ids[1:], strict=False) if a == b]
+    if twice:
+        raise DataError(f"{storage.uri}: tile id {twice[0]} occurs twice: source names must be unique")
+    digest = hashlib.sha256(json.dumps([asdict(c) for c in classes]).encode() + f"/{tile_size}\n".encode())
+    for line in zip(ids, index["split"].to_pylist(), index["sha256"].to_pylist(), strict=True):
+        digest.update("\t".join(line).encode() + b"\n")
+    splits = {s: index.filter(pc.equal(index["split"], s)) for s in ("train", "val")}
+    dataset = Dataset(
+        name=name,
+        classes=classes,
+        ignore=ignore,
+        tile_size=tile_size,
+        tiles={s: len(t) for s, t in splits.items()},
+        pixels={s: _total_pixels(t, len(classes)) for s, t in splits.items()},
+        content_hash=digest.hexdigest(),
+    )
+    bad = pa.Table.from_pylist([asdict(b) for b in quarantine], schema=QUARANTINE).sort_by("tile_id")
+    for path, table in (("quarantine.parquet", bad), ("index.parquet", index)):
+        out = io.BytesIO()
+        pq.write_table(table, out, compression="ZSTD")
+        storage.write(path, out.getvalue())
+    storage.write("dataset.json", dataset.to_json())
+    return dataset
+
+
+def _total_pixels(index: pa.Table, classes: int) -> list[int]:
+    rows = [p for p in index["pixels"].to_pylist() if p is not None]
+    return np.sum(np.array(rows, np.int64).reshape(-1, classes + 1), axis=0).tolist()
+
+
+@dataclass(frozen=True)
+class Store:
+    """A finished tile store, opened."""
+
+    storage: Storage
+    dataset: Dataset
+    index: pa.Table
+    """Rows of `INDEX`, sorted by tile_id."""
+
+    @classmethod
+    def open(cls, uri: str) -> "Store":
+        """Open the store at a URI.
+
+        Raises:
+            UsageError: nothing there, or unfinished.
+            DataError: another format.
+        """
+        storage = Storage(uri)
+        try:
+            dataset = Dataset.from_json(storage.read("dataset.json"), f"{storage.uri}/dataset.json")
+            index = pq.read_table(io.BytesIO(storage.read("index.parquet")), schema=INDEX)
+        except FileNotFoundError as error:
+            raise UsageError(
+                f"no finished tile store at {storage.uri} (no dataset.json): make one with jobs/prepare.py --target {uri}"
+            ) from error
+        return cls(storage, dataset, index)
+
+    def split(self, name: str) -> pa.Table:
+        """Rows of the index of one split."""
+        return self.index.filter(pc.equal(self.index["split"], name))
+
+    def locations(self, ids: Sequence[str]) -> list[dict]:
+        """Rows of `LOCATION`, one an id, in the order of the ids.
+
+        Raises:
+            UsageError: an id that the store does not hold.
+        """
+        wanted = pa.array(ids, pa.string())
+        at = pc.index_in(wanted, self.index["tile_id"])
+        if at.null_count:
+            missing = wanted.filter(pc.is_null(at))[0].as_py()
+            raise UsageError(f"tile {missing} is not in the store {self.storage.uri}")
+        return self.index.select(LOCATION).take(at).to_pylist()
+
+
+def read_tiles(storage: Storage, locations: Sequence[dict], side: int) -> list[Tile | BadTile]:
+    """Fetch, verify and decode tiles, in the order asked for; a tile that fails is a `BadTile`, not an exception.
+
+    Args:
+        storage: root of the store.
+        locations: rows of `LOCATION`.
+        side: side of a stored tile, pixels.
+
+    Raises:
+        StorageError: the store cannot be reached (that is no fault of a tile).
+    """
+    wanted = defaultdict(list)
+    for position, at in enumerate(locations):
+        for kind in ("image", "label"):
+            if at[f"{kind}_offset"] is not None:
+                wanted[at["shard"]].append((position, kind, (at[f"{kind}_offset"], at[f"{kind}_length"])))
+    parts: list[dict[str, bytes]] = [{} for _ in locations]
+    missing: dict[int, str] = {}
+    for shard, wants in wanted.items():
+        try:
+            pieces = storage.read_ranges(shard, [span for _, _, span in wants])
+        except FileNotFoundError:
+            missing.update({position: f"shard {shard} is missing" for position, _, _ in wants})
+            continue
+        for (position, kind, _), piece in zip(wants, pieces, strict=True):
+            parts[position][kind] = piece
+    return [
+        BadTile(at["tile_id"], missing[i], "") if i in missing else _decode(at, parts[i], side)
+        for i, at in enumerate(locations)
+    ]
+
+
+def _decode(at: dict, part: dict[str, bytes], side: int) -> Tile | BadTile:
+    found = codec.tile_hash(part["image"], part.get("label"))
+    if found != at["sha256"]:
+        return BadTile(at["tile_id"], f"bytes have sha256 {found[:12]}, the index says {at['sha256'][:12]}", found)
+    try:
+        label = codec.decode_label(part["label"], side) if "label" in part else None
+        return Tile(at["tile_id"], codec.decode_image(part["image"], side), label)
+    except ValueError as error:
+        return BadTile(at["tile_id"], str(error), found)
