@@ -65,7 +65,9 @@ def experiment_parser(doc: str | None, start: Experiment) -> Parser:
     """A parser with one flag a field of `Experiment`, --preset and --config; `start` gives the defaults shown."""
     parser = Parser(doc)
     parser.add_argument("--preset", choices=sorted(PRESETS), help="start from a named configuration")
-    parser.add_argument("--config", metavar="FILE", help="start from a JSON file of fields, such as a run's config.json")
+    parser.add_argument(
+        "--config", metavar="FILE", help="start from a JSON file of fields, such as a run's config.json"
+    )
     for f in fields_of():
         _add(parser, f, _value(start, f.name))
     return parser
@@ -75,7 +77,9 @@ def _add(parser: Parser, f: Field, default: Any) -> None:
     dotted = "--" + f.name.replace("_", "-")
     flags = [SHORT[f.name]] + ([dotted] if dotted != SHORT[f.name] else []) if f.name in SHORT else [dotted]
     text = f"{f.doc} (default: {'none' if default is None else default})".replace("%", "%%")
-    shown = "|".join(str(a) for a in get_args(f.kind) if isinstance(a, str)) or f.name.rpartition(".")[2].upper()
+    shown = (
+        "|".join(str(a) for a in get_args(f.kind) if isinstance(a, str)) or f.name.rpartition(".")[2].upper()
+    )
     if f.kind is bool:
         parser.add_argument(*flags, dest=f.name, nargs="?", const="true", metavar="BOOL", help=text)
     else:

@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import itertools
 import json
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -30,7 +31,10 @@ class DataConfig:
     """Share of the tiles that may be unusable before the run stops (exit 4)."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.bad_tile_budget <= 1, f"data.bad_tile_budget must lie in 0..1, got {self.bad_tile_budget}")
+        _require(
+            0 <= self.bad_tile_budget <= 1,
+            f"data.bad_tile_budget must lie in 0..1, got {self.bad_tile_budget}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +102,9 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_noise_variance", "max_hue_shift", "max_saturation_shift", "max_value_shift"):
-            _require(getattr(self, name) >= 0, f"augment.{name} must not be negative, got {getattr(self, name)}")
+            _require(
+                getattr(self, name) >= 0, f"augment.{name} must not be negative, got {getattr(self, name)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +163,10 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         _require(self.workers >= 1, f"cluster.workers must be at least 1, got {self.workers}")
-        _require(self.scorers is None or self.scorers >= 1, f"cluster.scorers must be at least 1, got {self.scorers}")
+        _require(
+            self.scorers is None or self.scorers >= 1,
+            f"cluster.scorers must be at least 1, got {self.scorers}",
+        )
         _require(self.chunk >= 1, f"cluster.chunk must be at least 1, got {self.chunk}")
         for name in ("worker_cpus", "scorer_cpus", "reader_cpus"):
             _require(getattr(self, name) > 0, f"cluster.{name} must be positive, got {getattr(self, name)}")
@@ -175,6 +184,8 @@ class Experiment:
     """Training cycles."""
     baseline: bool = False
     """Also run the matched uniform arm (same seed, weights, tiles a cycle) and report both."""
+    allow_config_change: bool = False
+    """Continue a run although its configuration or data set has changed."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -204,10 +215,10 @@ class Experiment:
         """
         return with_overrides(cls(), dict(flatten(fields)), where)
 
-    def differences(self, other: "Experiment", *, ignore: tuple[str, ...] = ()) -> dict[str, tuple[Any, Any]]:
+    def differences(self, other: "Experiment") -> dict[str, tuple[Any, Any]]:
         """Dotted field -> (own value, the other's value), for fields that differ."""
         mine, theirs = dict(flatten(self.to_dict())), dict(flatten(other.to_dict()))
-        return {k: (v, theirs[k]) for k, v in mine.items() if v != theirs[k] and not k.startswith(ignore)}
+        return {k: (v, theirs[k]) for k, v in mine.items() if v != theirs[k]}
 
 
 @dataclass(frozen=True)
@@ -225,7 +236,8 @@ class Field:
 @cache
 def fields_of(cls: type = Experiment, prefix: str = "") -> tuple[Field, ...]:
     """All leaves of a config class in order of definition."""
-    docs, hints, found = _docs(cls), get_type_hints(cls), []
+    docs, hints = _docs(cls), get_type_hints(cls)
+    found: list[Field] = []
     for f in dataclasses.fields(cls):
         if dataclasses.is_dataclass(hints[f.name]):
             found += fields_of(hints[f.name], f"{prefix}{f.name}.")
@@ -236,11 +248,15 @@ def fields_of(cls: type = Experiment, prefix: str = "") -> tuple[Field, ...]:
 
 def _docs(cls: type) -> dict[str, str]:
     """Field name -> the string under it."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(tree, ast.ClassDef)
     return {
-        node.target.id: " ".join(text.value.value.split())
-        for node, text in zip(body, body[1:], strict=False)
-        if isinstance(node, ast.AnnAssign) and isinstance(text, ast.Expr)
+        node.target.id: " ".join(str(text.value.value).split())
+        for node, text in itertools.pairwise(tree.body)
+        if isinstance(node, ast.AnnAssign)
+        and isinstance(node.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
     }
 
 
@@ -264,7 +280,9 @@ def with_overrides(base: Experiment, values: Mapping[str, Any], where: str) -> E
     for name, value in values.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            raise UsageError(f"{where}: unknown field {name!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+            raise UsageError(
+                f"{where}: unknown field {name!r}" + (f", did you mean {near[0]!r}?" if near else "")
+            )
         *groups, leaf = name.split(".")
         node = tree
         for group in groups:

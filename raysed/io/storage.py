@@ -10,7 +10,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,7 +42,9 @@ class Storage:
             self.uri = self._root = str(Path(rest).expanduser().absolute())
             return
         if "@" in rest or "?" in rest:
-            raise UsageError("an s3 URI must hold no credentials or options: set AWS_PROFILE or AWS_ACCESS_KEY_ID and the like")
+            raise UsageError(
+                "an s3 URI must hold no credentials or options: set AWS_PROFILE or AWS_ACCESS_KEY_ID and the like"
+            )
         self._root = rest.strip("/")
         self.uri = f"s3://{self._root}"
         if not re.match(r"[a-z0-9][a-z0-9.-]{2,62}(/|\Z)", self._root):
@@ -77,9 +79,7 @@ class Storage:
             parts = self._try(path, lambda: _pread(self._full(path), requests))
         else:
             file = self._try(path, lambda: self._open(self._full(path)))
-            parts = list(
-                _pool().map(lambda r: self._try(path, lambda: file.read_at(r[1], r[0])), requests)
-            )
+            parts = list(_pool().map(lambda r: self._try(path, lambda: file.read_at(r[1], r[0])), requests))
         starts = [offset for offset, _ in requests]
         pieces = []
         for offset, length in spans:
@@ -104,7 +104,10 @@ class Storage:
             return True
         except OSError as error:
             code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
-            if isinstance(error, FileExistsError) or code in ("PreconditionFailed", "ConditionalRequestConflict"):
+            if isinstance(error, FileExistsError) or code in (
+                "PreconditionFailed",
+                "ConditionalRequestConflict",
+            ):
                 return self._read(full) == data
             raise StorageError(f"{self.uri}/{path}: {_line(error)}") from error
 
@@ -165,7 +168,11 @@ class Storage:
         from pyarrow import fs
 
         found = self._arrow.get_file_info(fs.FileSelector(full, recursive=True, allow_not_found=True))
-        return {i.path.removeprefix(self._root + "/"): i.size for i in sorted(found, key=lambda i: i.path) if i.is_file}
+        return {
+            i.path.removeprefix(self._root + "/"): i.size
+            for i in sorted(found, key=lambda i: i.path)
+            if i.is_file
+        }
 
     def _open(self, full: str) -> Any:
         with self._lock:
@@ -264,11 +271,6 @@ def _fsync_directory(full: str) -> None:
         os.close(handle)
 
 
-_threads: ThreadPoolExecutor | None = None
-
-
+@cache
 def _pool() -> ThreadPoolExecutor:
-    global _threads
-    if _threads is None:
-        _threads = ThreadPoolExecutor(_CONCURRENCY, thread_name_prefix="raysed-read")
-    return _threads
+    return ThreadPoolExecutor(_CONCURRENCY, thread_name_prefix="raysed-read")

@@ -10,6 +10,7 @@ A selection is fetched by ranged reads at the index's offsets and checked agains
 
 import hashlib
 import io
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -56,7 +57,9 @@ INDEX = pa.schema(
 )
 """Schema of the index; label_offset and label_length are null without a label."""
 QUARANTINE = pa.schema([("tile_id", pa.string()), ("reason", pa.string()), ("sha256", pa.string())])
-LOCATION = [f.name for f in INDEX if f.name in ("tile_id", "sha256", "shard") or f.name.endswith(("offset", "length"))]
+LOCATION = [
+    f.name for f in INDEX if f.name in ("tile_id", "sha256", "shard") or f.name.endswith(("offset", "length"))
+]
 
 
 @dataclass(frozen=True)
@@ -106,12 +109,16 @@ class Dataset:
         try:
             fields = json.loads(data)
             if fields["format"] != FORMAT:
-                raise DataError(f"{where}: store format {fields['format']}, this version reads {FORMAT}: prepare it anew")
+                raise DataError(
+                    f"{where}: store format {fields['format']}, this version reads {FORMAT}: prepare it anew"
+                )
             fields["classes"] = tuple(LandClass(**c) for c in fields["classes"])
             fields["ignore"] = tuple(fields["ignore"])
             return cls(**fields)
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{where}: not a raysed data set description ({type(error).__name__}: {error})") from error
+            raise DataError(
+                f"{where}: not a raysed data set description ({type(error).__name__}: {error})"
+            ) from error
 
 
 def write_shard(storage: Storage, path: str, tiles: Sequence[dict]) -> pa.Table:
@@ -180,7 +187,7 @@ def finish(
     """Write quarantine, index and, last, `dataset.json` of a store whose shards are written."""
     index = index.cast(INDEX).sort_by("tile_id")
     ids = index["tile_id"].to_pylist()
-    twice = [a for a, b in zip(ids, ids[1:], strict=False) if a == b]
+    twice = [a for a, b in itertools.pairwise(ids) if a == b]
     if twice:
         raise DataError(f"{storage.uri}: tile id {twice[0]} occurs twice: source names must be unique")
     digest = hashlib.sha256(json.dumps([asdict(c) for c in classes]).encode() + f"/{tile_size}\n".encode())
@@ -290,7 +297,9 @@ def read_tiles(storage: Storage, locations: Sequence[dict], side: int) -> list[T
 def _decode(at: dict, part: dict[str, bytes], side: int) -> Tile | BadTile:
     found = codec.tile_hash(part["image"], part.get("label"))
     if found != at["sha256"]:
-        return BadTile(at["tile_id"], f"bytes have sha256 {found[:12]}, the index says {at['sha256'][:12]}", found)
+        return BadTile(
+            at["tile_id"], f"bytes have sha256 {found[:12]}, the index says {at['sha256'][:12]}", found
+        )
     try:
         label = codec.decode_label(part["label"], side) if "label" in part else None
         return Tile(at["tile_id"], codec.decode_image(part["image"], side), label)

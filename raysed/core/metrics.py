@@ -1,0 +1,70 @@
+"""Metrics: one confusion matrix of counts, scores derived from it at the end.  Letters: B batch, C classes, H W pixels."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raysed.core.tiles import VOID
+
+
+def confusion(prediction: Tensor, target: Tensor, classes: int) -> Tensor:
+    """(C, C) int64 pixel counts, row = truth, column = prediction; void pixels are left out.
+
+    Args:
+        prediction: (B, H, W) class indices.
+        target: (B, H, W) class indices, `VOID` where unknown.
+        classes: C.
+    """
+    known = target != VOID
+    pairs = target[known].long() * classes + prediction[known].long()
+    return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+
+def soft_iou(probabilities: Tensor, target: Tensor) -> Tensor:
+    """Legacy soft IoU of one batch, as OpenEarthMap's own code computes it: no argmax, mean over all C classes, an absent
+    class scores about 0.  Logged beside the true IoU so that published numbers of that kind can be compared.
+
+    Args:
+        probabilities: (B, C, H, W) float, after softmax.
+        target: (B, H, W) class indices, `VOID` where unknown (left out).
+    """
+    known = (target != VOID)[:, None]
+    truth = torch.zeros_like(probabilities).scatter_(
+        1, torch.where(known[:, 0], target, 0).long()[:, None], 1.0
+    )
+    p, t = probabilities * known, truth * known
+    both = (p * t).sum((0, 2, 3))
+    return (both / (p.sum((0, 2, 3)) + t.sum((0, 2, 3)) - both + 1e-7)).mean()
+
+
+def class_iou(counts: np.ndarray) -> np.ndarray:
+    """(C,) intersection over union; nan for a class without truth pixels."""
+    hit, truth = np.diag(counts).astype(float), counts.sum(1)
+    union = truth + counts.sum(0) - np.diag(counts)
+    return np.where(truth > 0, hit / np.maximum(union, 1), np.nan)
+
+
+def scores(counts: np.ndarray, names: list[str]) -> dict[str, float | int | dict[str, float | None]]:
+    """All scores of a (C, C) confusion matrix, under the names used everywhere.
+
+    miou: mean IoU over the classes that have truth pixels (`classes_present` of them); iou_micro: over pixels of all classes
+    together; iou_frequency_weighted: by truth pixels; iou_variance: population variance over classes, in squared percentage
+    points as in the paper's table 2; iou_cv: standard deviation over mean; iou_worst: of the worst class.
+    """
+    iou, truth = class_iou(counts), counts.sum(1).astype(float)
+    present = iou[truth > 0]
+    hit, total = float(np.trace(counts)), float(counts.sum())
+    if not len(present):
+        present = np.zeros(1)
+    mean = float(present.mean())
+    return {
+        "miou": mean,
+        "classes_present": int((truth > 0).sum()),
+        "iou_micro": hit / max(2 * total - hit, 1),
+        "iou_frequency_weighted": float(np.nansum(np.where(truth > 0, iou, 0) * truth) / max(total, 1)),
+        "pixel_accuracy": hit / max(total, 1),
+        "iou_variance": float(present.var() * 1e4),
+        "iou_cv": float(present.std() / mean) if mean else 0.0,
+        "iou_worst": float(present.min()),
+        "iou": {n: None if np.isnan(v) else float(v) for n, v in zip(names, iou, strict=True)},
+    }

@@ -1,0 +1,408 @@
+"""The run directory: what a run has done, and all that is needed to go on, verify and replay it.
+
+config.json                 the experiment and the data set it runs on
+leases/000001.json          who holds the run; the highest number does, and its number is the fencing token
+cycle_0007/                 model.safetensors optimizer.safetensors scores.parquet selected.parquet state.json
+cycle_0007/manifest.json    sizes and hashes of the files, metrics, seconds: written last and only once, the commit
+cycles.jsonl summary.json tensorboard/ report.html     derived from the manifests, can be rebuilt
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raysed.config import Experiment
+from raysed.core.acquisition import STRATEGIES, Selection
+from raysed.core.randomness import keyed_rng
+from raysed.errors import DataError, RunHeldError, UsageError
+from raysed.io.checkpoint import digest
+from raysed.io.storage import Storage
+
+FORMAT = 1
+KEEP_EVERY = 10
+"""Weights of every tenth cycle are kept, besides those of the newest two; optimiser state of the newest two only."""
+MAY_CHANGE = ("run", "cluster.", "data.", "baseline", "allow_config_change")
+"""Fields that may differ when a run is continued; the data set is compared by its content hash instead."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One committed cycle."""
+
+    cycle: int
+    files: dict[str, dict[str, Any]]
+    """File name -> {bytes, sha256}."""
+    record: dict[str, Any]
+    """Metrics, seconds, hashes, nodes: see `cluster/cycles.py`."""
+
+
+class Ledger:
+    """The run directory at a storage root.
+
+    Args:
+        storage: the run directory.
+        epoch: fencing token of the lease under which this process writes; None only reads.
+    """
+
+    def __init__(self, storage: Storage, epoch: int | None = None) -> None:
+        self.storage = storage
+        self.epoch = epoch
+
+    def open(self, experiment: Experiment, dataset_hash: str) -> None:
+        """Start a run, or check that a begun one may be continued.
+
+        Raises:
+            UsageError: config, data set or format differ from the run's, with the difference.
+        """
+        config = {"format": FORMAT, "experiment": experiment.to_dict(), "dataset_hash": dataset_hash}
+        if self.storage.create("config.json", (json.dumps(config, indent=1) + "\n").encode()):
+            return
+        begun, begun_hash = self.config()
+        differs = {k: v for k, v in begun.differences(experiment).items() if not k.startswith(MAY_CHANGE)}
+        lines = [f"{k}: {old!r} there, {new!r} now" for k, (old, new) in differs.items()]
+        if begun_hash != dataset_hash:
+            lines.append(f"data set: {begun_hash[:12]} there, {dataset_hash[:12]} now")
+        if lines and not experiment.allow_config_change:
+            raise UsageError(
+                f"run {self.storage.uri} was begun with another configuration ({'; '.join(lines)}): "
+                "choose another --run, or continue it as it is with --allow-config-change"
+            )
+
+    def config(self) -> tuple[Experiment, str]:
+        """The experiment as begun, and the content hash of its data set.
+
+        Raises:
+            UsageError: no run here.
+            DataError: another format.
+        """
+        where = f"{self.storage.uri}/config.json"
+        try:
+            config = json.loads(self.storage.read("config.json"))
+        except FileNotFoundError as error:
+            raise UsageError(f"no run at {self.storage.uri} (no config.json)") from error
+        except ValueError as error:
+            raise DataError(f"{where}: not JSON ({error})") from error
+        if config.get("format") != FORMAT:
+            raise DataError(f"{where}: run format {config.get('format')}, this version reads {FORMAT}")
+        return Experiment.from_dict(config["experiment"], where), config["dataset_hash"]
+
+    def manifests(self) -> list[Manifest]:
+        """All committed cycles in order: those from 0 on without a gap."""
+        paths = self.storage.list()
+        found: list[Manifest] = []
+        while (path := f"{folder(len(found))}/manifest.json") in paths:
+            fields = json.loads(self.storage.read(path))
+            found.append(Manifest(fields["cycle"], fields["files"], fields["record"]))
+        return found
+
+    def commit(
+        self, cycle: int, files: dict[str, bytes], record: dict[str, Any], before_manifest: Callable[[], None]
+    ) -> Manifest:
+        """Write a cycle: its files, then the manifest that makes them count.
+
+        Raises:
+            RunHeldError: another driver has taken over, or has committed this cycle.
+        """
+        for name, data in files.items():
+            self.storage.write(f"{folder(cycle)}/{name}", data)
+        sizes = {name: {"bytes": len(data), "sha256": digest(data)} for name, data in files.items()}
+        before_manifest()
+        self._fence()
+        fields = {
+            "format": FORMAT,
+            "cycle": cycle,
+            "token": uuid.uuid4().hex,
+            "files": sizes,
+            "record": record,
+        }
+        if not self.storage.create(
+            f"{folder(cycle)}/manifest.json", (json.dumps(fields, indent=1) + "\n").encode()
+        ):
+            raise RunHeldError(f"{self.storage.uri}: cycle {cycle} was committed by another driver")
+        return Manifest(cycle, sizes, record)
+
+    def read(self, manifest: Manifest, name: str) -> bytes:
+        """A committed file, verified.
+
+        Raises:
+            DataError: missing, or its bytes are not those committed.
+        """
+        where = f"{folder(manifest.cycle)}/{name}"
+        try:
+            data = self.storage.read(where)
+        except FileNotFoundError as error:
+            raise DataError(f"{self.storage.uri}/{where} is missing") from error
+        if digest(data) != manifest.files[name]["sha256"]:
+            raise DataError(f"{self.storage.uri}/{where} does not have the sha256 that was committed")
+        return data
+
+    def table(self, manifest: Manifest, name: str) -> pa.Table:
+        """A committed Parquet file."""
+        return pq.read_table(io.BytesIO(self.read(manifest, name)))
+
+    def resume_point(self, say: Callable[[str], None]) -> Manifest | None:
+        """The newest cycle whose weights and optimiser state verify; later ones are discarded, and said so."""
+        committed = self.manifests()
+        for manifest in reversed(committed):
+            try:
+                for name in ("model.safetensors", "optimizer.safetensors"):
+                    self.read(manifest, name)
+            except DataError as error:
+                say(f"cycle {manifest.cycle} is not used: {error}")
+                self._fence()
+                self.storage.remove(f"{folder(manifest.cycle)}/manifest.json")
+                continue
+            return manifest
+        return None
+
+    def prune(self, last: int) -> None:
+        """Remove what retention no longer keeps after cycle `last` was committed."""
+        old = last - 2
+        if old < 0:
+            return
+        self.storage.remove(f"{folder(old)}/optimizer.safetensors")
+        if old % KEEP_EVERY:
+            self.storage.remove(f"{folder(old)}/model.safetensors")
+
+    def write_lines(self, manifests: list[Manifest]) -> None:
+        """`cycles.jsonl`: one line a committed cycle."""
+        lines = [json.dumps({"cycle": m.cycle, **m.record}) for m in manifests]
+        self.storage.write("cycles.jsonl", ("\n".join(lines) + "\n").encode())
+
+    def _fence(self) -> None:
+        if self.epoch is None or self.storage.exists(_lease(self.epoch + 1)):
+            raise RunHeldError(f"{self.storage.uri}: another driver has taken this run over; this one stops")
+
+
+def folder(cycle: int) -> str:
+    """Folder of a cycle."""
+    return f"cycle_{cycle:04d}"
+
+
+def kept(name: str, cycle: int, last: int) -> bool:
+    """Whether retention keeps a file of a cycle once cycle `last` is committed."""
+    if name == "optimizer.safetensors":
+        return cycle > last - 2
+    return name != "model.safetensors" or cycle > last - 2 or cycle % KEEP_EVERY == 0
+
+
+def table_bytes(table: pa.Table) -> bytes:
+    """A table as Parquet; the same table gives the same bytes."""
+    out = io.BytesIO()
+    pq.write_table(table, out, compression="ZSTD")
+    return out.getvalue()
+
+
+def selection_table(selection: Selection) -> pa.Table:
+    """`selected.parquet`: tile_id, rank (0 is best), weight, reason."""
+    return pa.table(
+        {
+            "tile_id": pa.array(selection.tile_ids, pa.string()),
+            "rank": pa.array(range(len(selection.tile_ids)), pa.int32()),
+            "weight": pa.array(selection.weights, pa.float32()),
+            "reason": pa.array(selection.reasons, pa.string()),
+        }
+    )
+
+
+def choose(
+    experiment: Experiment,
+    cycle: int,
+    scores: pa.Table | None,
+    index: pa.Table,
+    state: dict[str, Any],
+    excluded: set[str],
+) -> Selection:
+    """The selection of a cycle: a pure function of what the ledger keeps, so it can be replayed.
+
+    Args:
+        experiment: for strategy, budget and seed.
+        cycle: number.
+        scores: one row a tile, or None if the strategy needs none.
+        index: the store's rows of split train.
+        state: the strategy's state after the cycle before.
+        excluded: quarantined tile ids.
+    """
+    labelled = index.filter(
+        pa.array([p is not None and t not in excluded for p, t in _rows(index)], pa.bool_())
+    )
+    budget = experiment.select.budget(len(labelled))
+    select = STRATEGIES[experiment.select.strategy].select
+    return select(scores, labelled, state, budget, keyed_rng("select", experiment.seed, cycle))
+
+
+def _rows(index: pa.Table) -> list[tuple[Any, str]]:
+    return list(zip(index["label_offset"].to_pylist(), index["tile_id"].to_pylist(), strict=True))
+
+
+def verify(ledger: Ledger, index: pa.Table) -> list[str]:
+    """Check every hash that retention still keeps and replay every selection.
+
+    Args:
+        ledger: of the run.
+        index: the store's rows of split train.
+
+    Returns:
+        What does not hold, one line each; empty if all is well.
+    """
+    experiment, _ = ledger.config()
+    wrong, state, manifests = [], dict[str, Any](), ledger.manifests()
+    for manifest in manifests:
+        try:
+            for name in manifest.files:
+                if kept(name, manifest.cycle, manifests[-1].cycle):
+                    ledger.read(manifest, name)
+            own = json.loads(ledger.read(manifest, "state.json"))
+            scores = ledger.table(manifest, "scores.parquet") if "scores.parquet" in manifest.files else None
+            again = choose(experiment, manifest.cycle, scores, index, state, set(own["excluded"]))
+            if selection_table(again) != ledger.table(manifest, "selected.parquet"):
+                wrong.append(f"cycle {manifest.cycle}: the replayed selection differs from the committed one")
+            state = own["strategy"]
+        except DataError as error:
+            wrong.append(f"cycle {manifest.cycle}: {error}")
+    return wrong
+
+
+def difference(one: Ledger, other: Ledger) -> list[str]:
+    """How two runs differ, one line each: config, selections, scores, weights, metrics; not seconds, nodes or names."""
+    (a, a_hash), (b, b_hash) = one.config(), other.config()
+    lines = [
+        f"config {k}: {x!r} and {y!r}"
+        for k, (x, y) in a.differences(b).items()
+        if not k.startswith(MAY_CHANGE)
+    ]
+    if a_hash != b_hash:
+        lines.append(f"data set: {a_hash[:12]} and {b_hash[:12]}")
+    mine, theirs = one.manifests(), other.manifests()
+    if len(mine) != len(theirs):
+        lines.append(f"cycles: {len(mine)} and {len(theirs)}")
+    for x, y in zip(mine, theirs, strict=False):
+        for name in sorted(x.files.keys() | y.files.keys()):
+            if x.files.get(name, {}).get("sha256") != y.files.get(name, {}).get("sha256"):
+                lines.append(f"cycle {x.cycle}: {name} differs")
+        for group in ("train", "val"):
+            lines += [
+                f"cycle {x.cycle}: {group}.{k} {v!r} and {y.record[group].get(k)!r}"
+                for k, v in x.record[group].items()
+                if v != y.record[group].get(k)
+            ]
+    return lines
+
+
+BEAT_SECONDS = 3.0
+DEAD_AFTER = 15.0
+"""A lease whose counter has stood still for so long, by the observer's own clock, is taken over."""
+
+
+def _lease(epoch: int) -> str:
+    return f"leases/{epoch:06d}.json"
+
+
+class Lease:
+    """The right to write a run directory.  Taking over creates the next number, which only one can; the old holder, should it
+    wake up, sees the higher number and stops.
+
+    Raises (on entering):
+        RunHeldError: a living driver holds the run; the message names it.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self.epoch = 0
+        self._me = {
+            "host": socket.gethostname(),
+            "boot": _boot_id(),
+            "pid": os.getpid(),
+            "token": uuid.uuid4().hex,
+        }
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> "Lease":
+        last = self._last()
+        if last:
+            self._await_death(last)
+        if not self.storage.create(_lease(last + 1), self._body(0)):
+            raise RunHeldError(f"run {self.storage.uri} was taken by another driver just now")
+        self.epoch = last + 1
+        for old in range(1, last):
+            self.storage.remove(_lease(old))
+        self._thread = threading.Thread(target=self._beat, daemon=True, name="raysed-lease")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._thread:
+            self._thread.join(BEAT_SECONDS * 2)
+        if not self.storage.exists(_lease(self.epoch + 1)):
+            self.storage.write(_lease(self.epoch), self._body(-1))
+
+    def _last(self) -> int:
+        numbers = [
+            int(m[1]) for p in self.storage.list("leases") if (m := re.fullmatch(r"leases/(\d{6})\.json", p))
+        ]
+        return max(numbers, default=0)
+
+    def _body(self, beat: int) -> bytes:
+        return json.dumps({**self._me, "beat": beat}).encode()
+
+    def _beat(self) -> None:
+        beat = 0
+        while not self._stop.wait(BEAT_SECONDS):
+            beat += 1
+            self.storage.write(_lease(self.epoch), self._body(beat))
+
+    def _await_death(self, epoch: int) -> None:
+        began, first = time.monotonic(), None
+        while True:
+            holder = json.loads(self.storage.read(_lease(epoch)))
+            if holder["beat"] < 0 or self._is_dead_here(holder):
+                return
+            first = holder if first is None else first
+            if holder["beat"] != first["beat"]:
+                raise RunHeldError(
+                    f"run {self.storage.uri} is held by process {holder['pid']} on {holder['host']}: wait for it, stop it, "
+                    "or choose another --run"
+                )
+            if time.monotonic() - began > DEAD_AFTER:
+                return
+            time.sleep(0.5)
+
+    def _is_dead_here(self, holder: dict[str, Any]) -> bool:
+        """A holder of this very machine whose process is gone needs no waiting."""
+        if (holder["host"], holder["boot"]) != (self._me["host"], self._me["boot"]):
+            return False
+        try:
+            os.kill(holder["pid"], 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            return False
+        return False
+
+
+def _boot_id() -> str:
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else ""
+
+
+def config_hash(experiment: Experiment) -> str:
+    """sha256 of what determines the run: all fields but those that may change."""
+    fields = {
+        k: v for k, (v, _) in experiment.differences(Experiment()).items() if not k.startswith(MAY_CHANGE)
+    }
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
