@@ -108,10 +108,13 @@ class Ledger:
             found.append(Manifest(fields["cycle"], fields["files"], fields["record"]))
         return found
 
-    def commit(
-        self, cycle: int, files: dict[str, bytes], record: dict[str, Any], before_manifest: Callable[[], None]
-    ) -> Manifest:
+    def commit(self, cycle: int, files: dict[str, bytes], record: Callable[[], dict[str, Any]]) -> Manifest:
         """Write a cycle: its files, then the manifest that makes them count.
+
+        Args:
+            cycle: number.
+            files: name -> bytes.
+            record: called when the files are written; what it returns goes into the manifest.
 
         Raises:
             RunHeldError: another driver has taken over, or has committed this cycle.
@@ -119,20 +122,19 @@ class Ledger:
         for name, data in files.items():
             self.storage.write(f"{folder(cycle)}/{name}", data)
         sizes = {name: {"bytes": len(data), "sha256": digest(data)} for name, data in files.items()}
-        before_manifest()
-        self._fence()
         fields = {
             "format": FORMAT,
             "cycle": cycle,
             "token": uuid.uuid4().hex,
             "files": sizes,
-            "record": record,
+            "record": record(),
         }
+        self._fence()
         if not self.storage.create(
             f"{folder(cycle)}/manifest.json", (json.dumps(fields, indent=1) + "\n").encode()
         ):
             raise RunHeldError(f"{self.storage.uri}: cycle {cycle} was committed by another driver")
-        return Manifest(cycle, sizes, record)
+        return Manifest(cycle, sizes, fields["record"])
 
     def read(self, manifest: Manifest, name: str) -> bytes:
         """A committed file, verified.
@@ -267,7 +269,14 @@ def verify(ledger: Ledger, index: pa.Table) -> list[str]:
                     ledger.read(manifest, name)
             own = json.loads(ledger.read(manifest, "state.json"))
             scores = ledger.table(manifest, "scores.parquet") if "scores.parquet" in manifest.files else None
-            again = choose(experiment, manifest.cycle, scores, index, state, set(own["excluded"]))
+            again = choose(
+                experiment,
+                manifest.cycle,
+                scores=scores,
+                index=index,
+                state=state,
+                excluded=set(own["excluded"]),
+            )
             if selection_table(again) != ledger.table(manifest, "selected.parquet"):
                 wrong.append(f"cycle {manifest.cycle}: the replayed selection differs from the committed one")
             state = own["strategy"]

@@ -4,6 +4,7 @@ Credentials, region and endpoint come from the standard AWS environment and prof
 as its URI, so every process builds its own client: a pyarrow S3 filesystem loses its retry strategy when pickled.
 """
 
+import contextlib
 import os
 import re
 import tempfile
@@ -127,10 +128,8 @@ class Storage:
         if self.is_local:
             Path(full).unlink(missing_ok=True)
             return
-        try:
+        with contextlib.suppress(FileNotFoundError):
             self._try(path, lambda: self._arrow.delete_file(full))
-        except FileNotFoundError:
-            pass
 
     def _full(self, path: str) -> str:
         return f"{self._root}/{_relative(path)}"
