@@ -17,11 +17,12 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raysed.config import Experiment
@@ -122,19 +123,14 @@ class Ledger:
         for name, data in files.items():
             self.storage.write(f"{folder(cycle)}/{name}", data)
         sizes = {name: {"bytes": len(data), "sha256": digest(data)} for name, data in files.items()}
-        fields = {
-            "format": FORMAT,
-            "cycle": cycle,
-            "token": uuid.uuid4().hex,
-            "files": sizes,
-            "record": record(),
-        }
+        manifest = Manifest(cycle, sizes, record())
+        fields = {"format": FORMAT, "token": uuid.uuid4().hex, **asdict(manifest)}
         self._fence()
         if not self.storage.create(
             f"{folder(cycle)}/manifest.json", (json.dumps(fields, indent=1) + "\n").encode()
         ):
             raise RunHeldError(f"{self.storage.uri}: cycle {cycle} was committed by another driver")
-        return Manifest(cycle, sizes, fields["record"])
+        return manifest
 
     def read(self, manifest: Manifest, name: str) -> bytes:
         """A committed file, verified.
@@ -223,6 +219,7 @@ def selection_table(selection: Selection) -> pa.Table:
 def choose(
     experiment: Experiment,
     cycle: int,
+    *,
     scores: pa.Table | None,
     index: pa.Table,
     state: dict[str, Any],
@@ -238,16 +235,12 @@ def choose(
         state: the strategy's state after the cycle before.
         excluded: quarantined tile ids.
     """
-    labelled = index.filter(
-        pa.array([p is not None and t not in excluded for p, t in _rows(index)], pa.bool_())
-    )
+    bad = pa.array(sorted(excluded), pa.string())
+    usable = pc.and_(pc.is_valid(index["label_offset"]), pc.invert(pc.is_in(index["tile_id"], bad)))
+    labelled = index.filter(usable)
     budget = experiment.select.budget(len(labelled))
     select = STRATEGIES[experiment.select.strategy].select
     return select(scores, labelled, state, budget, keyed_rng("select", experiment.seed, cycle))
-
-
-def _rows(index: pa.Table) -> list[tuple[Any, str]]:
-    return list(zip(index["label_offset"].to_pylist(), index["tile_id"].to_pylist(), strict=True))
 
 
 def verify(ledger: Ledger, index: pa.Table) -> list[str]:

@@ -1,0 +1,22 @@
+"""Train on the tiles the network is least sure of: the most uncertain fifth in each cycle, as in the paper.
+
+    python jobs/active.py                                     the demo: a synthetic world, against uniform selection
+    python jobs/active.py --data data/tiles --run runs/active --baseline
+    ray job submit --working-dir . -- python jobs/active.py   on a cluster whose RAYSED_DATA and RAYSED_RUN are set
+
+The same command again continues the run after its last committed cycle.
+"""
+
+from collections.abc import Sequence
+
+from raysed.cli import main
+from raysed.config import Experiment, SelectConfig
+from raysed.runs import run_experiment
+
+
+def job(argv: Sequence[str]) -> int:
+    return run_experiment(__doc__, argv, Experiment(select=SelectConfig(strategy="entropy")))
+
+
+if __name__ == "__main__":
+    main(job)

@@ -1,0 +1,428 @@
+"""The one loop: select, stream, train, evaluate, commit.  Passive, active and tuned runs are this with other numbers.
+
+Every worker of one long-lived Ray Train group executes `run`; rank 0 owns the cycle: it asks the scorers, selects, broadcasts
+the plan and commits.  A restarted group reads the ledger and goes on.
+"""
+
+import json
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from ray.actor import ActorHandle
+from ray.train.collective import broadcast_from_rank_zero
+
+from raysed.cluster.connect import quiet_data
+from raysed.cluster.scoring import Scores, score_pool
+from raysed.cluster.stream import Row, Stream
+from raysed.config import Experiment
+from raysed.core import metrics, networks
+from raysed.core.acquisition import STRATEGIES
+from raysed.core.losses import class_weights
+from raysed.core.plan import Plan, plan
+from raysed.core.step import Learner, Totals, learning_rate, resolve_precision, to_device
+from raysed.errors import DataError, DivergedError, RaysedError
+from raysed.io import checkpoint
+from raysed.io.ledger import Ledger, Manifest, choose, config_hash, selection_table, table_bytes
+from raysed.io.storage import Storage
+from raysed.io.store import BadTile, Store
+
+HOLD_SECONDS = 60.0
+"""How long a run waits at the point named by RAYSED_HOLD, for whoever wants to kill it there."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run: a strategy in its own run directory."""
+
+    name: str
+    experiment: Experiment
+    epoch: int
+    """Fencing token of the lease on its run directory."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the driver hands to every worker."""
+
+    arms: tuple[Arm, ...]
+    scorers: tuple[ActorHandle, ...]
+    monitor: ActorHandle
+    device: str
+    environment: dict[str, Any]
+    hold: str | None
+    """`point@cycle` to wait at, for tests that kill a run there."""
+
+
+@dataclass
+class Clock:
+    """Seconds of a cycle by phase."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    began: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def phase(self, name: str) -> Any:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def closed(self) -> dict[str, float]:
+        """All phases, `other` and `total`, rounded to milliseconds."""
+        total = time.perf_counter() - self.began
+        other = total - sum(self.seconds.values())
+        return {k: round(v, 3) for k, v in {**self.seconds, "other": other, "total": total}.items()}
+
+
+def run(config: dict[str, Any]) -> None:
+    """The training function of every rank: all arms, one after the other."""
+    setup: Setup = config["setup"]
+    quiet_data()
+    try:
+        for arm in setup.arms:
+            if not Worker(setup, arm).run():
+                break
+    except RaysedError as error:
+        setup.monitor.post.remote({"kind": "failed", "exit_code": error.exit_code, "text": str(error)})
+        raise
+    if ray.train.get_context().get_world_rank() == 0:
+        ray.get(setup.monitor.post.remote({"kind": "done"}))
+
+
+class Worker:
+    """One rank of one arm."""
+
+    def __init__(self, setup: Setup, arm: Arm) -> None:
+        self.setup, self.arm, self.exp = setup, arm, arm.experiment
+        context = ray.train.get_context()
+        self.rank, self.workers = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device() if setup.device == "cuda" else torch.device("cpu")
+        self.threads = self.exp.cluster.threads or max(1, node_cpus() // context.get_local_world_size())
+        torch.set_num_threads(self.threads)
+        self.store = Store.open(str(self.exp.data.uri))
+        self.pool = self.store.split("train")
+        self.ledger = Ledger(Storage(str(self.exp.run)), arm.epoch)
+        dataset = self.store.dataset
+        self.names = [c.name for c in dataset.classes]
+        self.precision = resolve_precision(self.exp.optim.precision, self.device)
+        self.learner = self._learner()
+        self.quarantine: dict[str, BadTile] = {}
+        self.state: dict[str, Any] = {}
+        self.validation = sorted(labelled(self.store.split("val")))
+        self.validation_rows: list[list[Row]] | None = None
+
+    def run(self) -> bool:
+        """All cycles that are left; False if the run was asked to stop."""
+        start, self.weights_hash = self._resume()
+        steps = -(-self.exp.select.budget(len(self.pool)) // self.exp.optim.batch)
+        for cycle in range(start, self.exp.cycles):
+            stop = self._first(lambda: ray.get(self.setup.monitor.should_stop.remote()))
+            if stop:
+                return False
+            self._cycle(cycle, steps)
+        return True
+
+    def _learner(self) -> Learner:
+        exp, dataset = self.exp, self.store.dataset
+        spec = exp.model.encoder_weights if self.rank == 0 else None  # the others receive rank 0's weights
+        from_file = checkpoint.is_file_spec(spec)
+        net = networks.build(exp.model.arch, len(dataset.classes), exp.seed, None if from_file else spec)
+        if from_file and spec:
+            checkpoint.load_encoder(net.net.encoder, spec)  # type: ignore[union-attr, arg-type]
+        return Learner(
+            net.to(self.device),
+            alpha=class_weights(np.array(dataset.pixels["train"][1:]), exp.loss.alpha_power),
+            gamma=exp.loss.gamma,
+            batch=exp.optim.batch,
+            precision=self.precision,
+            ordered_sums=exp.optim.ordered_sums,
+        )
+
+    def _first(self, action: Any) -> Any:
+        """The result of an action that rank 0 takes, on every rank."""
+        return broadcast_from_rank_zero(action() if self.rank == 0 else None)
+
+    def _say(self, text: str) -> None:
+        self.setup.monitor.post.remote({"kind": "say", "text": f"{self.arm.name}: {text}"})
+
+    def _at(self, point: str, cycle: int) -> None:
+        """Announce a point of the cycle; wait there if the run was told to."""
+        if self.rank:
+            return
+        holding = self.setup.hold == f"{point}@{cycle}"
+        posted: Any = self.setup.monitor.post.remote(
+            {"kind": "phase", "phase": point, "cycle": cycle, "holding": holding}
+        )
+        if holding:
+            ray.get(posted)
+            time.sleep(HOLD_SECONDS)
+
+    def _resume(self) -> tuple[int, str]:
+        """First cycle to run and the hash of the weights it starts from; state is loaded from the ledger."""
+        last: Manifest | None = self._first(lambda: self.ledger.resume_point(self._say))
+        if last is None:
+            return 0, checkpoint.digest(checkpoint.pack(self.learner.weights()))
+        for name, load in (
+            ("model.safetensors", self.learner.load_weights),
+            ("optimizer.safetensors", self.learner.load_optimizer_state),
+        ):
+            load(checkpoint.unpack(self.ledger.read(last, name), name))
+        state = json.loads(self.ledger.read(last, "state.json"))
+        self.state = state["strategy"]
+        self.quarantine = {b["tile_id"]: BadTile(**b) for b in state["quarantine"]}
+        if self.rank == 0 and last.cycle + 1 < self.exp.cycles:
+            self._say(f"continues after cycle {last.cycle + 1} of {self.exp.cycles}")
+        return last.cycle + 1, last.files["model.safetensors"]["sha256"]
+
+    def _cycle(self, cycle: int, steps: int) -> None:
+        clock, started = Clock(), datetime.now(UTC).isoformat(timespec="seconds")
+        self._at("score", cycle)
+        scores = self._score(clock) if STRATEGIES[self.exp.select.strategy].needs_scores else None
+        excluded = sorted(self.quarantine)
+        with clock.phase("select"):
+            selection = self._first(lambda: self._select(cycle, scores, excluded))
+        self._at("select", cycle)
+        order = plan(
+            selection.tile_ids, self.exp.seed, cycle, self.exp.optim.batch, self.exp.optim.micro_batch
+        )
+        train, nodes = self._train(cycle, order, steps, clock)
+        self._at("evaluate", cycle)
+        with clock.phase("evaluate"):
+            val = self._evaluate(nodes)
+        self._check(cycle, train)
+        if self.rank == 0:
+            files = {
+                "model.safetensors": checkpoint.pack(self.learner.weights()),
+                "optimizer.safetensors": checkpoint.pack(self.learner.optimizer_state()),
+                "selected.parquet": table_bytes(selection_table(selection)),
+                "state.json": self._state_bytes(selection.state, excluded),
+            }
+            if scores:
+                files["scores.parquet"] = table_bytes(scores.table)
+            record = {
+                "strategy": self.exp.select.strategy,
+                "seed": self.exp.seed,
+                "config_hash": config_hash(self.exp),
+                "dataset_hash": self.store.dataset.content_hash,
+                "scoring_weights": self.weights_hash if scores else None,
+                "tiles": len(order.order),
+                "steps": order.steps,
+                "quarantined": len(self.quarantine),
+                "train": train,
+                "val": val,
+                "scores": scores
+                and {"tiles": len(scores.table), "entropy_mean": float(np.mean(scores.table["entropy"]))},
+                "nodes": {**nodes, "score": scores.nodes if scores else {}},
+                "workers": self.workers,
+                "threads": self.threads,
+                "precision": self.precision,
+                "device": str(self.device),
+                "environment": self.setup.environment,
+                "started": started,
+            }
+            self._commit(cycle, files, record, clock)
+        self.state = selection.state
+        ray.train.report({"cycle": cycle, "loss": train["loss"], "miou": val["miou"]})
+
+    def _score(self, clock: Clock) -> Scores | None:
+        """Scores of the pool with the current weights, on rank 0; the other ranks wait for the selection."""
+        if self.rank:
+            return None
+        with clock.phase("score"):
+            weights = {n: t.numpy() for n, t in self.learner.weights().items()}
+            ids = [t for t in self.pool["tile_id"].to_pylist() if t not in self.quarantine]
+            scores = score_pool(self.setup.scorers, weights, self.weights_hash, self.store.locations(ids))
+        self._quarantine(scores.bad)
+        return scores
+
+    def _select(self, cycle: int, scores: Scores | None, excluded: list[str]) -> Any:
+        return choose(
+            self.exp,
+            cycle,
+            scores=scores.table if scores else None,
+            index=self.pool,
+            state=self.state,
+            excluded=set(excluded),
+        )
+
+    def _train(
+        self, cycle: int, order: Plan, steps: int, clock: Clock
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        exp = self.exp
+        share = [(p, order.order[p]) for p in order.share(self.rank, self.workers)]
+        stream = self._stream(share, keys=(exp.seed, cycle))
+        began, done, lr = time.perf_counter(), [], exp.optim.lr
+        for step in range(order.steps):
+            if step == order.steps // 2:
+                self._at("train", cycle)
+            micro = []
+            for number, positions in order.micro_batches(step, self.rank, self.workers):
+                images, labels = self._arrays(stream.take(positions))
+                micro.append((number, *to_device(images, labels, self.device)))
+            lr = learning_rate(exp.optim.lr, exp.optim.schedule, cycle * steps + step, exp.cycles * steps)
+            tiles = min(exp.optim.batch, len(order.order) - step * exp.optim.batch)
+            done.append(
+                self.learner.step(
+                    micro,
+                    lr=lr,
+                    key=("drop", exp.seed, cycle, step),
+                    total=-(-tiles // exp.optim.micro_batch),
+                )
+            )
+        stream.close()
+        totals = torch.stack(done).double().sum(0)
+        if self.workers > 1:
+            dist.all_reduce(totals)
+        loss, pixels = totals.tolist()
+        clock.seconds["stall"] = stream.stall
+        clock.seconds["train"] = time.perf_counter() - began - stream.stall
+        self._share_quarantine(stream.bad)
+        nodes = self._gathered({"read": dict(stream.nodes), "train": {node_id(): order.steps}})
+        return {"loss": loss / max(pixels, 1), "lr": lr}, nodes
+
+    def _arrays(self, rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
+        """Images and labels of a micro-batch; one black, void tile if there is none."""
+        side = self.store.dataset.tile_size
+        if not rows:
+            return np.zeros((1, side, side, 3), np.uint8), np.zeros((1, side, side), np.uint8)
+        return np.stack([r.image for r in rows]), np.stack([r.label for r in rows])
+
+    def _evaluate(self, nodes: dict[str, Any]) -> dict[str, Any]:
+        if self.validation_rows is not None:
+            totals = self._totals(self.validation_rows)
+        else:
+            stream, batches = self._read_validation()
+            read = (stream.take(b) for b in batches)
+            if (
+                len(self.validation) * self.store.dataset.tile_size**2 * 4
+                <= self.exp.cluster.cache_gib * self.workers * 2**30
+            ):
+                self.validation_rows = list(read)
+            totals = self._totals(self.validation_rows or read)
+            stream.close()
+            self._share_quarantine(stream.bad)
+            read_now = self._gathered({"read": dict(stream.nodes)})["read"]
+            nodes["read"] = dict(Counter(nodes["read"]) + Counter(read_now))
+        loss, pixels, soft, count = totals.sums.tolist()
+        counts = totals.counts.cpu().numpy()
+        return {
+            "loss": loss / max(pixels, 1),
+            "soft_iou": soft / max(count, 1),
+            "tiles": len(self.validation),
+            **metrics.scores(counts, self.names),
+            "counts": counts.tolist(),
+        }
+
+    def _totals(self, batches: Iterable[list[Row]]) -> Totals:
+        return self.learner.evaluate(to_device(*self._arrays(rows), self.device) for rows in batches)
+
+    def _read_validation(self) -> tuple[Stream, list[range]]:
+        """This rank's share of the validation tiles, whole batches of the global order, and their positions."""
+        size = self.exp.optim.batch
+        batches = [
+            range(i, min(i + size, len(self.validation))) for i in range(0, len(self.validation), size)
+        ]
+        own = batches[self.rank :: self.workers]
+        wanted = [(p, self.validation[p]) for b in own for p in b]
+        return self._stream(wanted, keys=None), own
+
+    def _stream(self, wanted: list[tuple[int, str]], keys: tuple[int, int] | None) -> Stream:
+        cluster = self.exp.cluster
+        return Stream(
+            self.store,
+            wanted,
+            chunk=cluster.chunk,
+            reader_cpus=cluster.reader_cpus,
+            keys=keys,
+            limits=self.exp.augment,
+        )
+
+    def _gathered(self, own: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+        """Counts by node, summed over ranks."""
+        parts = [own]
+        if self.workers > 1:
+            parts = [{} for _ in range(self.workers)]
+            dist.all_gather_object(parts, own)
+        return {k: dict(sum((Counter(p[k]) for p in parts), Counter())) for k in own}
+
+    def _share_quarantine(self, bad: list[BadTile]) -> None:
+        """Every rank learns the bad tiles of all."""
+        parts = [bad]
+        if self.workers > 1:
+            parts = [[] for _ in range(self.workers)]
+            dist.all_gather_object(parts, bad)
+        self._quarantine([b for part in parts for b in part])
+
+    def _quarantine(self, bad: list[BadTile]) -> None:
+        for tile in bad:
+            if tile.tile_id not in self.quarantine and self.rank == 0:
+                self._say(f"tile {tile.tile_id} is quarantined: {tile.reason}")
+            self.quarantine[tile.tile_id] = tile
+        allowed = self.exp.data.bad_tile_budget * self.store.index.num_rows
+        if len(self.quarantine) > allowed:
+            first = next(iter(self.quarantine.values()))
+            raise DataError(
+                f"{len(self.quarantine)} of {self.store.index.num_rows} tiles are unusable, data.bad_tile_budget allows "
+                f"{allowed:.1f}; the first is {first.tile_id}: {first.reason}"
+            )
+
+    def _check(self, cycle: int, train: dict[str, float]) -> None:
+        finite = (
+            torch.isfinite(torch.cat([p.detach().flatten() for p in self.learner.parameters.values()]))
+            .all()
+            .item()
+        )
+        if not math.isfinite(train["loss"]) or not finite:
+            raise DivergedError(
+                f"training diverged in cycle {cycle}: loss {train['loss']}; the last good cycle is committed: lower optim.lr"
+            )
+
+    def _state_bytes(self, strategy: dict[str, Any], excluded: list[str]) -> bytes:
+        quarantine = [asdict(self.quarantine[t]) for t in sorted(self.quarantine)]
+        return (
+            json.dumps({"strategy": strategy, "excluded": excluded, "quarantine": quarantine}, indent=1)
+            + "\n"
+        ).encode()
+
+    def _commit(self, cycle: int, files: dict[str, bytes], record: dict[str, Any], clock: Clock) -> None:
+        began = time.perf_counter()
+
+        def completed() -> dict[str, Any]:
+            clock.seconds["commit"] = time.perf_counter() - began
+            self._at("commit", cycle)
+            return {**record, "seconds": clock.closed()}
+
+        manifest = self.ledger.commit(cycle, files, completed)
+        self.ledger.prune(cycle)
+        self.weights_hash = manifest.files["model.safetensors"]["sha256"]
+        self.setup.monitor.post.remote({"kind": "cycle", "arm": self.arm.name, "manifest": manifest})
+
+
+def labelled(index: pa.Table) -> list[str]:
+    """Ids of the tiles that have a label."""
+    return index.filter(pc.is_valid(index["label_offset"]))["tile_id"].to_pylist()
+
+
+def node_id() -> str:
+    """Id of this process's Ray node."""
+    return ray.get_runtime_context().get_node_id()
+
+
+def node_cpus() -> int:
+    """CPUs that Ray counts on this node, at least one."""
+    here = [n for n in ray.nodes() if n["NodeID"] == node_id()]
+    return max(1, int(here[0]["Resources"].get("CPU", 1))) if here else os.cpu_count() or 1

@@ -1,0 +1,296 @@
+"""Starting a run: checks, lease, actors, one `TorchTrainer.fit()`, and the driver's watch over it."""
+
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import ray
+import ray.train
+from ray.actor import ActorHandle
+from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raysed import errors
+from raysed.cluster import cycles
+from raysed.cluster.connect import connect
+from raysed.cluster.cycles import Arm, Setup
+from raysed.cluster.scoring import Network, Scorer
+from raysed.cluster.telemetry import Monitor, Progress, TensorBoard
+from raysed.config import Experiment
+from raysed.core import networks
+from raysed.core.acquisition import STRATEGIES
+from raysed.errors import RaysedError, ResourcesError, UsageError
+from raysed.io.ledger import Lease, Ledger
+from raysed.io.provenance import environment
+from raysed.io.storage import Storage
+from raysed.io.store import Store
+
+RESTARTS = 3
+"""Times Ray restarts the worker group after a lost worker or node."""
+
+
+def arms_of(experiment: Experiment) -> list[tuple[str, Experiment]]:
+    """The runs of an experiment, passive first: the baseline lives below the run directory."""
+    own = (experiment.select.strategy, replace(experiment, baseline=False))
+    if not experiment.baseline or experiment.select.strategy == "uniform":
+        return [own]
+    select = replace(experiment.select, strategy="uniform")
+    passive = replace(experiment, select=select, run=f"{experiment.run}/baseline", baseline=False)
+    return [("uniform", passive), own]
+
+
+def launch(experiment: Experiment, *, say: Callable[[str], None], hold: str | None = None) -> int:
+    """Run an experiment to its end, or continue it.
+
+    Args:
+        experiment: with `run` and `data.uri` set.
+        say: prints a line.
+        hold: `point@cycle` at which rank 0 waits, for tests that kill a run there.
+
+    Returns:
+        0 when all cycles are committed, 130 or 143 when a signal ended the run after a commit.
+
+    Raises:
+        RaysedError: with its exit code.
+    """
+    arms = arms_of(experiment)
+    store = Store.open(str(experiment.data.uri))
+    _check_data(experiment, store, say)
+    connect()
+    _check_paths(experiment)
+    device = _device(experiment)
+    scorers = _scorer_count(experiment, device) if any(_scores(e) for _, e in arms) else 0
+    _check_resources(experiment, device, scorers)
+    with ExitStack() as stack:
+        held = []
+        for name, arm in arms:
+            lease = stack.enter_context(Lease(Storage(str(arm.run))))
+            Ledger(Storage(str(arm.run)), lease.epoch).open(arm, store.dataset.content_hash)
+            held.append(Arm(name, arm, lease.epoch))
+        watcher: Any = ray.remote(Monitor).options(num_cpus=0, max_concurrency=8, scheduling_strategy=_here())
+        monitor = watcher.remote()
+        pool = _start_scorers(experiment, store, device, scorers)
+        setup = Setup(tuple(held), pool, monitor, device, environment(), hold)
+        boards = {
+            a.name: TensorBoard(
+                Storage(str(a.experiment.run)), Ledger(Storage(str(a.experiment.run))).manifests()
+            )
+            for a in held
+        }
+        with _signals(monitor) as caught:
+            _watch(_trainer(experiment, setup), monitor, Progress(arms, say), boards, say)
+        for _, arm in arms:
+            ledger = Ledger(Storage(str(arm.run)))
+            ledger.write_lines(ledger.manifests())
+        for board in boards.values():
+            board.close()
+        for actor in (*pool, monitor):
+            ray.kill(actor)
+    complete = all(len(Ledger(Storage(str(e.run))).manifests()) >= e.cycles for _, e in arms)
+    return 0 if complete or not caught else errors.EXIT_INTERRUPTED[caught[0]]
+
+
+def _scores(experiment: Experiment) -> bool:
+    return STRATEGIES[experiment.select.strategy].needs_scores
+
+
+def _check_data(experiment: Experiment, store: Store, say: Callable[[str], None]) -> None:
+    dataset = store.dataset
+    if experiment.select.strategy not in STRATEGIES:
+        raise UsageError(
+            f"select.strategy must be one of {', '.join(STRATEGIES)}, got {experiment.select.strategy!r}"
+        )
+    experiment.select.budget(len(cycles.labelled(store.split("train"))))
+    if not cycles.labelled(store.split("val")):
+        raise UsageError(f"{store.storage.uri} has no labelled tile in split val: nothing to evaluate on")
+    net = networks.build(experiment.model.arch, len(dataset.classes), experiment.seed)
+    if dataset.tile_size % net.multiple:
+        raise UsageError(
+            f"{experiment.model.arch} needs a tile side that is a multiple of {net.multiple}, the store's is {dataset.tile_size}: "
+            "prepare it with another --store"
+        )
+    for land_class, train, val in zip(
+        dataset.classes, dataset.pixels["train"][1:], dataset.pixels["val"][1:], strict=True
+    ):
+        if not train:
+            where = "and counts in validation" if val else "nor in validation"
+            say(
+                f"note: class {land_class.name} has no pixel in the training tiles {where}; its loss weight is 0"
+            )
+
+
+def _check_paths(experiment: Experiment) -> None:
+    nodes = [n for n in ray.nodes() if n["Alive"]]
+    if len(nodes) == 1 or experiment.cluster.shared_filesystem:
+        return
+    for flag, uri in (("--data", experiment.data.uri), ("--run", experiment.run)):
+        if Storage(str(uri)).is_local:
+            raise UsageError(
+                f"{flag} {uri} is a local path, but the cluster has {len(nodes)} nodes: give an s3:// URI (or set RAYSED_DATA and "
+                "RAYSED_RUN), or --cluster.shared-filesystem if all nodes see the same files"
+            )
+
+
+def _device(experiment: Experiment) -> str:
+    gpus = ray.cluster_resources().get("GPU", 0)
+    wanted = experiment.cluster.device
+    return wanted if wanted != "auto" else "cuda" if gpus >= experiment.cluster.workers else "cpu"
+
+
+def _scorer_count(experiment: Experiment, device: str) -> int:
+    resources = ray.cluster_resources()
+    units = (
+        resources.get("GPU", 0)
+        if device == "cuda"
+        else min(resources.get("CPU", 1), 2 * experiment.cluster.workers)
+    )
+    return experiment.cluster.scorers or max(1, int(units))
+
+
+def _check_resources(experiment: Experiment, device: str, scorers: int) -> None:
+    """Prove that workers, scorers and at least one read task fit at once: Ray would wait for ever without an error."""
+    cluster = experiment.cluster
+    wanted: dict[str, float] = {}
+    wanted["CPU"] = (
+        cluster.workers * cluster.worker_cpus + scorers * cluster.scorer_cpus + cluster.reader_cpus
+    )
+    if device == "cuda":
+        wanted["GPU"] = cluster.workers * cluster.worker_gpus + scorers * cluster.scorer_gpus
+    until = time.monotonic() + (cluster.wait_nodes if len(ray.nodes()) > 1 else 0)
+    while True:
+        have = ray.cluster_resources()
+        short = {k: v for k, v in wanted.items() if v > have.get(k, 0)}
+        crowded = device == "cpu" and cluster.workers > have.get("CPU", 0)
+        if not short and not crowded:
+            return
+        if time.monotonic() >= until:
+            break
+        time.sleep(1)
+    offered = ", ".join(f"{have.get(k, 0):g} {k}" for k in wanted)
+    asked = ", ".join(f"{v:g} {k}" for k, v in wanted.items())
+    raise ResourcesError(
+        f"{cluster.workers} workers, {scorers} scorers and a read task ask for {asked}"
+        + (" and a CPU for each worker" if crowded else "")
+        + f", the cluster has {offered}: lower --workers or --scorers, or add nodes"
+    )
+
+
+def _here() -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def _start_scorers(experiment: Experiment, store: Store, device: str, count: int) -> tuple[ActorHandle, ...]:
+    cluster = experiment.cluster
+    network = Network(experiment.model.arch, len(store.dataset.classes), experiment.optim.precision, device)
+    actor: Any = ray.remote(Scorer).options(
+        num_cpus=cluster.scorer_cpus,
+        num_gpus=cluster.scorer_gpus if device == "cuda" else 0,
+        max_restarts=-1,
+        scheduling_strategy="SPREAD",
+    )
+    pool = tuple(
+        actor.remote(network, store.storage.uri, store.dataset.tile_size, int(cluster.cache_gib * 2**30))
+        for _ in range(count)
+    )
+    try:
+        nodes = ray.get([s.node.remote() for s in pool], timeout=cluster.wait_nodes)
+    except ray.exceptions.GetTimeoutError as error:
+        raise ResourcesError(
+            f"{count} scorers did not start within {cluster.wait_nodes:.0f} s: lower --scorers"
+        ) from error
+    cpus = {n["NodeID"]: n["Resources"].get("CPU", 1) for n in ray.nodes()}
+    for scorer, node in zip(pool, nodes, strict=True):
+        scorer.set_threads.remote(max(1, int(cpus[node] // nodes.count(node))))
+    return pool
+
+
+def _trainer(experiment: Experiment, setup: Setup) -> TorchTrainer:
+    cluster = experiment.cluster
+    gpu = setup.device == "cuda"
+    resources = {"CPU": cluster.worker_cpus} | ({"GPU": cluster.worker_gpus} if gpu else {})
+    return TorchTrainer(
+        cycles.run,
+        train_loop_config={"setup": setup},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=cluster.workers,
+            use_gpu=gpu,
+            resources_per_worker=resources,
+            placement_strategy="PACK" if gpu else "SPREAD",
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"raysed-{os.getpid()}-{int(time.time())}",
+            storage_path=tempfile.mkdtemp(prefix="raysed-train-"),
+            failure_config=ray.train.FailureConfig(max_failures=RESTARTS),
+        ),
+    )
+
+
+def _watch(
+    trainer: TorchTrainer,
+    monitor: ActorHandle,
+    progress: Progress,
+    boards: dict[str, TensorBoard],
+    say: Callable[[str], None],
+) -> None:
+    """Fit in a thread; here print, log and find out how it ended."""
+    ended: list[BaseException | None] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+            ended.append(None)
+        except BaseException as error:  # handed to the main thread below
+            ended.append(error)
+
+    threading.Thread(target=fit, daemon=True, name="raysed-fit").start()
+    seen = 0
+    while True:
+        over = bool(ended)
+        events: list[dict[str, Any]] = ray.get(monitor.wait.remote(seen, 0.5))
+        seen += len(events)
+        for event in events:
+            _handle(event, progress, boards, say)
+        if over and not events:
+            break
+    if ended[0] is not None:
+        raise ended[0]
+
+
+def _handle(
+    event: dict[str, Any], progress: Progress, boards: dict[str, TensorBoard], say: Callable[[str], None]
+) -> None:
+    if event["kind"] == "say":
+        say(event["text"])
+    elif event["kind"] == "phase" and event["holding"]:
+        say(f"holding at {event['phase']} of cycle {event['cycle']}")
+    elif event["kind"] == "cycle":
+        progress.cycle(event["arm"], event["manifest"])
+        boards[event["arm"]].cycle(event["manifest"])
+    elif event["kind"] == "failed":
+        kinds = {c.exit_code: c for c in RaysedError.__subclasses__()}
+        raise kinds.get(event["exit_code"], RaysedError)(event["text"])
+
+
+@contextmanager
+def _signals(monitor: ActorHandle) -> Iterator[list[int]]:
+    """The first Ctrl-C or SIGTERM lets the cycle end and commit; a second one ends at once, the last commit stands."""
+    caught: list[int] = []
+
+    def stop(number: int, _: Any) -> None:
+        caught.append(number)
+        if len(caught) > 1:
+            raise KeyboardInterrupt
+        monitor.stop.remote()
+
+    before = {n: signal.signal(n, stop) for n in errors.EXIT_INTERRUPTED}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

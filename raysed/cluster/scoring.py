@@ -1,0 +1,196 @@
+"""The scorer pool: warm actors that score tiles with the current weights.  Exactly one score a tile, although scorers die."""
+
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.actor import ActorHandle
+
+from raysed.errors import ResourcesError
+from raysed.io.storage import Storage
+from raysed.io.store import BadTile, Tile, read_tiles
+
+CHUNK = 32
+"""Tiles a call; a chunk is always made of the same tiles in the same batches, so a score does not depend on who gives it."""
+BATCH = 16
+"""Tiles a forward pass."""
+PATIENCE = 600.0
+"""Seconds without any answer after which scoring gives up (exit 7)."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a scorer needs to build the network whose weights it is sent."""
+
+    arch: str
+    classes: int
+    precision: str
+    device: str
+
+
+class Scorer:
+    """A scoring actor: builds the network once, keeps decoded tiles, scores chunks with the weights it is handed.
+
+    Args:
+        network: which network.
+        uri: root of the tile store.
+        side: side of a stored tile, pixels.
+        cache_bytes: for decoded tiles.
+    """
+
+    def __init__(self, network: Network, uri: str, side: int, cache_bytes: int) -> None:
+        import torch
+
+        from raysed.core.networks import build
+        from raysed.core.step import resolve_precision
+
+        self.device = torch.device(network.device)
+        net = build(network.arch, network.classes, seed=0).to(self.device)
+        self.net = net.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        self.precision = resolve_precision(network.precision, self.device)
+        self.storage, self.side, self.version = Storage(uri), side, ""
+        self.cache: dict[str, np.ndarray] = {}
+        self.room = cache_bytes // (side * side * 3)
+
+    def node(self) -> str:
+        """Id of the node this scorer is on."""
+        return ray.get_runtime_context().get_node_id()
+
+    def set_threads(self, threads: int) -> None:
+        """Torch threads of this process."""
+        import torch
+
+        torch.set_num_threads(threads)
+
+    def score(self, weights: dict[str, np.ndarray], version: str, locations: list[dict]) -> dict[str, Any]:
+        """Scores of one chunk.
+
+        Args:
+            weights: state dict as arrays.
+            version: their hash; loaded only when it changes.
+            locations: rows of `store.LOCATION`.
+
+        Returns:
+            ids and (n, 2 + C) float32 scores of the good tiles, bad tiles, and the node.
+        """
+        import torch
+
+        from raysed.core.step import DTYPES, to_device
+        from raysed.core.uncertainty import tile_scores
+
+        if version != self.version:
+            self.net.load_state_dict({n: torch.from_numpy(np.array(w)) for n, w in weights.items()})
+            self.version = version
+        images, bad = self._images(locations)
+        ids, rows = list(images), []
+        dtype = DTYPES[self.precision]
+        with torch.inference_mode(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            for i in range(0, len(ids), BATCH):
+                batch = np.stack([images[t] for t in ids[i : i + BATCH]])
+                x, _ = to_device(batch, np.zeros((0,), np.uint8), self.device)
+                rows.append(tile_scores(self.net(x)).cpu().numpy())
+        return {
+            "ids": ids,
+            "scores": np.concatenate(rows) if rows else np.zeros((0, 2), np.float32),
+            "bad": bad,
+            "node": self.node(),
+        }
+
+    def _images(self, locations: list[dict]) -> tuple[dict[str, np.ndarray], list[dict]]:
+        missing = [at for at in locations if at["tile_id"] not in self.cache]
+        fresh, bad = {}, []
+        for tile in read_tiles(self.storage, missing, self.side) if missing else []:
+            if isinstance(tile, Tile):
+                fresh[tile.tile_id] = tile.image
+            else:
+                bad.append(asdict(tile))
+        for tile_id, image in fresh.items():
+            if len(self.cache) < self.room:
+                self.cache[tile_id] = image
+        held = {at["tile_id"]: self.cache.get(at["tile_id"], fresh.get(at["tile_id"])) for at in locations}
+        return {t: image for t, image in held.items() if image is not None}, bad
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of a pool."""
+
+    table: pa.Table
+    """tile_id, entropy, margin, mass (per class), age in cycles; sorted by tile_id."""
+    bad: list[BadTile]
+    nodes: dict[str, int]
+    """Node -> tiles scored there."""
+
+
+def score_pool(
+    scorers: Sequence[ActorHandle], weights: dict[str, np.ndarray], version: str, locations: list[dict]
+) -> Scores:
+    """Score tiles with a pool of scorers; every tile gets one score, whoever dies.
+
+    Chunk k goes first to scorer k mod n, which has its tiles decoded already; idle scorers take from the fullest queue.
+    What a dead scorer held goes back to the front; it is used again in the next cycle, once Ray has restarted it.
+
+    Raises:
+        ResourcesError: no answer from any scorer within `PATIENCE`.
+    """
+    locations = sorted(locations, key=lambda at: at["tile_id"])
+    chunks = [locations[i : i + CHUNK] for i in range(0, len(locations), CHUNK)]
+    sent = ray.put(weights)
+    living = dict(enumerate(scorers))
+    queues = {n: deque(range(n, len(chunks), len(scorers))) for n in living}
+    flying: dict[Any, tuple[int, int]] = {}
+    results: dict[int, dict[str, Any]] = {}
+
+    def feed(n: int) -> None:
+        queue = queues[n] or max(queues.values(), key=len)
+        if queue:
+            k = queue.popleft()
+            flying[living[n].score.remote(sent, version, chunks[k])] = (n, k)
+
+    for n in [*living, *living]:  # two in flight each, so that none waits for its next chunk
+        feed(n)
+    heard = time.monotonic()
+    while flying:
+        done, _ = ray.wait(list(flying), num_returns=1, timeout=10)
+        if not done:
+            if time.monotonic() - heard > PATIENCE:
+                raise ResourcesError(
+                    f"no scorer has answered for {PATIENCE:.0f} s, {len(results)} of {len(chunks)} chunks scored"
+                )
+            continue
+        heard = time.monotonic()
+        n, k = flying.pop(done[0])
+        try:
+            results.setdefault(k, ray.get(done[0]))
+        except ray.exceptions.RayActorError:
+            queues[n].appendleft(k)
+            if len(living) > 1:
+                living.pop(n, None)
+            else:
+                time.sleep(1)  # the last one: wait for Ray to restart it
+            if not any(m in living for m, _ in flying.values()):
+                for m in living:
+                    feed(m)
+            continue
+        if n in living:
+            feed(n)
+    parts = [results[k] for k in range(len(chunks))]
+    nodes: Counter[str] = Counter()
+    for part in parts:
+        nodes[part["node"]] += len(part["ids"])
+    values = np.concatenate([p["scores"] for p in parts if len(p["ids"])])
+    table = pa.table(
+        {
+            "tile_id": pa.array([t for p in parts for t in p["ids"]], pa.string()),
+            "entropy": values[:, 0],
+            "margin": values[:, 1],
+            "mass": pa.array(list(values[:, 2:]), pa.list_(pa.float32())),
+            "age": pa.array(np.zeros(len(values)), pa.int32()),
+        }
+    )
+    return Scores(table, [BadTile(**b) for p in parts for b in p["bad"]], dict(nodes))

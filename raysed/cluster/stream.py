@@ -1,0 +1,165 @@
+"""This rank's share of a cycle as Ray Data: read by ranged reads, verified, decoded, augmented, in plan order.
+
+An open Ray Data execution spins in the process that consumes it, so the stream is drained in chunks: chunk k + 1 in a thread
+while chunk k trains, and nothing is open during most steps.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import ray.data
+
+from raysed.config import AugmentConfig
+from raysed.core.augment import augment, to_uint8
+from raysed.core.randomness import keyed_rng
+from raysed.io.storage import Storage
+from raysed.io.store import BadTile, Store, read_tiles
+
+BLOCK = 16
+"""Tiles a read task."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tile of the stream; a bad tile is black and all void."""
+
+    position: int
+    tile_id: str
+    image: np.ndarray
+    """(side, side, 3) uint8 RGB."""
+    label: np.ndarray
+    """(side, side) uint8, 0 void, 1..C classes."""
+
+
+@cache
+def _storage(uri: str) -> Storage:
+    return Storage(uri)  # one client a process, with its open files
+
+
+def read_and_augment(
+    batch: dict[str, np.ndarray], uri: str, side: int, keys: tuple[int, int] | None, limits: dict[str, Any]
+) -> dict[str, Any]:
+    """INPUT: position and location of tiles.  OUTPUT: position, tile_id, image, label, bad ("" or reason and hash), node.
+
+    Args:
+        batch: columns of numbers and strings.
+        uri: root of the store.
+        side: side of a stored tile, pixels.
+        keys: (seed, cycle) that own the augmentation; None leaves tiles as they are.
+        limits: arguments of `augment`.
+    """
+    locations = [dict(zip(batch, map(_plain, row), strict=True)) for row in zip(*batch.values(), strict=True)]
+    images = np.zeros((len(locations), side, side, 3), np.uint8)
+    labels = np.zeros((len(locations), side, side), np.uint8)
+    bad = [""] * len(locations)
+    for i, tile in enumerate(read_tiles(_storage(uri), locations, side)):
+        if isinstance(tile, BadTile):
+            bad[i] = f"{tile.sha256} {tile.reason}"
+            continue
+        assert tile.label is not None
+        images[i], labels[i] = tile.image, tile.label
+        if keys:
+            pixels, labels[i] = augment(
+                tile.image, tile.label, keyed_rng("augment", *keys, tile.tile_id), **limits
+            )
+            images[i] = to_uint8(pixels)
+    node = ray.get_runtime_context().get_node_id()
+    return {
+        "position": batch["position"],
+        "tile_id": batch["tile_id"],
+        "image": images,
+        "label": labels,
+        "bad": bad,
+        "node": [node] * len(bad),
+    }
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+class Stream:
+    """Tiles of one rank in the order it needs them, drained chunk by chunk.
+
+    Args:
+        store: the tile store.
+        wanted: (position, tile_id) in the order of use.
+        chunk: tiles drained at once.
+        reader_cpus: CPUs of a read task.
+        keys: (seed, cycle) that own the augmentation; None leaves tiles as they are.
+        limits: of the augmentation.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        wanted: Sequence[tuple[int, str]],
+        *,
+        chunk: int,
+        reader_cpus: float,
+        keys: tuple[int, int] | None,
+        limits: AugmentConfig,
+    ) -> None:
+        self.bad: list[BadTile] = []
+        self.nodes: Counter[str] = Counter()
+        self.stall = 0.0
+        """Seconds spent waiting for tiles."""
+        self._wanted, self._store, self._reader_cpus = list(wanted), store, reader_cpus
+        self._arguments = {
+            "uri": store.storage.uri,
+            "side": store.dataset.tile_size,
+            "keys": keys,
+            "limits": asdict(limits),
+        }
+        self._chunks = [self._wanted[i : i + chunk] for i in range(0, len(self._wanted), chunk)]
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="raysed-stream")
+        self._next: Future[list[Row]] | None = None
+        self._ready: list[Row] = []
+        self._advance()
+
+    def take(self, positions: Sequence[int]) -> list[Row]:
+        """The next tiles, whose positions the caller knows; they are checked."""
+        began = time.perf_counter()
+        while len(self._ready) < len(positions):
+            assert self._next is not None, "more tiles asked for than were planned"
+            self._ready += self._next.result()
+            self._advance()
+        self.stall += time.perf_counter() - began
+        rows, self._ready = self._ready[: len(positions)], self._ready[len(positions) :]
+        assert [r.position for r in rows] == list(positions), "the stream lost the order of the plan"
+        return rows
+
+    def close(self) -> None:
+        """End the drain that may still run."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _advance(self) -> None:
+        self._next = self._thread.submit(self._drain, self._chunks.pop(0)) if self._chunks else None
+
+    def _drain(self, wanted: list[tuple[int, str]]) -> list[Row]:
+        locations = self._store.locations([t for _, t in wanted])
+        items = [{"position": p, **at} for (p, _), at in zip(wanted, locations, strict=True)]
+        source = ray.data.from_items(items, override_num_blocks=-(-len(items) // BLOCK))
+        stream = source.map_batches(
+            read_and_augment,  # type: ignore[arg-type]  # Ray's hints leave out the keyword arguments
+            fn_kwargs=self._arguments,
+            batch_size=None,
+            num_cpus=self._reader_cpus,
+        )
+        rows = []
+        for block in stream.iter_batches(batch_size=None, prefetch_batches=len(items)):
+            self.nodes.update(block["node"].tolist())
+            for i, (position, tile_id, bad) in enumerate(
+                zip(block["position"], block["tile_id"], block["bad"], strict=True)
+            ):
+                if bad:
+                    found, _, reason = str(bad).partition(" ")
+                    self.bad.append(BadTile(str(tile_id), reason, found))
+                rows.append(Row(int(position), str(tile_id), block["image"][i], block["label"][i]))
+        return rows

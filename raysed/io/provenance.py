@@ -1,0 +1,47 @@
+"""What a figure was measured with: recorded beside every result."""
+
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit (with + if files were changed), processor, cores, command line of this process."""
+    return {
+        **{
+            name: version(name)
+            for name in ("raysed", "torch", "ray", "numpy", "pyarrow", "segmentation-models-pytorch")
+        },
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "cpu": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def _commit() -> str:
+    root = Path(__file__).resolve().parents[2]
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        )
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )

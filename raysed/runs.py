@@ -1,0 +1,57 @@
+"""One run from its flags to its report: what `jobs/train.py` and `jobs/active.py` share."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+from raysed import cli
+from raysed.cluster.connect import connect
+from raysed.cluster.launch import launch
+from raysed.cluster.prepare import prepare_synthetic
+from raysed.config import Experiment
+from raysed.io.storage import Storage
+from raysed.report.html import write_report
+from raysed.report.summary import table, write_summary
+
+DEMO_STORE = "data/synthetic"
+"""Where the demo's tile store is made, once."""
+DEMO_SCENES, DEMO_TILE = 160, 128
+
+
+def say(line: str) -> None:
+    """Print a line at once."""
+    print(line, flush=True)
+
+
+def run_experiment(doc: str | None, argv: Sequence[str], start: Experiment) -> int:
+    """Parse flags, run, report; the job's exit code.
+
+    Args:
+        doc: help text of the job.
+        argv: flags.
+        start: defaults of the job.
+    """
+    parser = cli.experiment_parser(doc, start)
+    args = parser.parse(argv)
+    experiment, preset = cli.parse_experiment(args, start)
+    if experiment.data.uri is None:
+        say(f"no --data and no RAYSED_DATA: taking the preset {preset} on the synthetic world in {DEMO_STORE}")
+        connect()
+        prepare_synthetic(DEMO_STORE, scenes=DEMO_SCENES, tile=DEMO_TILE, say=say)
+        experiment = replace(experiment, data=replace(experiment.data, uri=DEMO_STORE))
+    if experiment.run is None:
+        name = preset or f"{experiment.model.arch}-{experiment.select.strategy}-seed{experiment.seed}".replace(":", "-")
+        experiment = replace(experiment, run=f"runs/{name}")
+    experiment = replace(
+        experiment,
+        run=Storage(str(experiment.run)).uri,
+        data=replace(experiment.data, uri=Storage(str(experiment.data.uri)).uri),
+    )
+    say(f"run {experiment.run}  data {experiment.data.uri}")
+    code = launch(experiment, say=say, hold=os.environ.get("RAYSED_HOLD"))
+    run = Storage(str(experiment.run))
+    say("\n" + table(write_summary(run)))
+    say(f"\nsummary  {run.uri}/summary.json")
+    say(f"report   {write_report(run)}")
+    say(f"curves   tensorboard --logdir {run.uri}")
+    return code
