@@ -35,12 +35,17 @@ def run_experiment(doc: str | None, argv: Sequence[str], start: Experiment) -> i
     args = parser.parse(argv)
     experiment, preset = cli.parse_experiment(args, start)
     if experiment.data.uri is None:
-        say(f"no --data and no RAYSED_DATA: taking the preset {preset} on the synthetic world in {DEMO_STORE}")
+        say(
+            f"no --data and no RAYSED_DATA: taking the preset {preset} on the synthetic world in {DEMO_STORE}"
+        )
         connect()
         prepare_synthetic(DEMO_STORE, scenes=DEMO_SCENES, tile=DEMO_TILE, say=say)
         experiment = replace(experiment, data=replace(experiment.data, uri=DEMO_STORE))
     if experiment.run is None:
-        name = preset or f"{experiment.model.arch}-{experiment.select.strategy}-seed{experiment.seed}".replace(":", "-")
+        name = (
+            preset
+            or f"{experiment.model.arch}-{experiment.select.strategy}-seed{experiment.seed}".replace(":", "-")
+        )
         experiment = replace(experiment, run=f"runs/{name}")
     experiment = replace(
         experiment,

@@ -74,12 +74,21 @@ class BatchNormStatistics:
             offset += tensor.numel()
         for layer in layers:
             layer.momentum = 1.0
+        self.counters = [m.num_batches_tracked for m in layers if m.num_batches_tracked is not None]
 
-    def merge(self, before: Tensor, statistics: Iterable[Tensor]) -> None:
-        """Set the running values to `before` moved by each micro-batch's statistics in turn."""
+    def merge(self, before: tuple[Tensor, Tensor], statistics: list[Tensor]) -> None:
+        """Set the running values to those of `before` (from `now`), moved by each micro-batch's statistics in turn."""
+        flat, count = before
         for own in statistics:
-            before = torch.lerp(before, own, self.momentum)
-        self.flat.copy_(before)
+            flat = torch.lerp(flat, own, self.momentum)
+        self.flat.copy_(flat)
+        for counter in self.counters:
+            counter.copy_(count + len(statistics))
+
+    def now(self) -> tuple[Tensor, Tensor]:
+        """Copies of the flat tensor and of the number of batches seen."""
+        counter = self.counters[0].clone() if self.counters else torch.zeros((), dtype=torch.int64)
+        return self.flat.clone(), counter
 
 
 @dataclass
@@ -162,7 +171,7 @@ class Learner:
         for group in self.adam.param_groups:
             group["lr"] = lr
         self.adam.zero_grad(set_to_none=True)
-        before = self.norm.flat.clone()
+        before = self.norm.now()
         done = torch.zeros(2, device=self.device)
         statistics: dict[int, Tensor] = {}
         gradients: dict[int, Tensor] = {}
@@ -219,7 +228,7 @@ class Learner:
             total += gradient
         offset = 0
         for p in self.parameters.values():
-            p.grad = total[offset : offset + p.numel()].view_as(p).clone(memory_format=torch.preserve_format)
+            p.grad = torch.empty_like(p).copy_(total[offset : offset + p.numel()].view(p.shape))
             offset += p.numel()
 
     @torch.inference_mode()
@@ -257,7 +266,7 @@ class Learner:
     def optimizer_state(self) -> dict[str, Tensor]:
         """Adam's moments and step count as `<parameter>.<name>`, and the fp16 loss scale; empty before the first step."""
         state = {
-            f"{name}.{kind}": value.detach().cpu().contiguous()
+            f"{name}.{kind}": value.detach().cpu().clone().contiguous()
             for name, p in self.parameters.items()
             for kind, value in self.adam.state.get(p, {}).items()
         }

@@ -1,0 +1,617 @@
+"""A procedural world of aerial scenes with the eight land-cover classes of OpenEarthMap, for runs without real tiles.
+
+A scene is drawn twice over.  First a map: every pixel holds the number of the surface on top (a field, a roof, a road),
+and a surface knows its class, colour and texture.  Then a photograph: colours, textures and shadows of that map, seen
+through an imperfect sensor.  Colours of different classes overlap on purpose; shape, texture and neighbourhood tell them
+apart.  About one scene in eight is ambiguous, in whole or in part.
+
+Lengths are pixels, points are (x, y), angles are radians.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from numpy.random import Generator
+
+from raysed.core.randomness import keyed_rng
+
+UNKNOWN, BARE, RANGE, DEVELOPED, ROAD, TREE, WATER, FARM, BUILDING = range(9)
+
+AMBIGUOUS = 0.13
+"""Share of scenes that are ambiguous, in whole or in part."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One photograph and its map."""
+
+    region: str
+    image: np.ndarray
+    """(side, side, 3) uint8 RGB."""
+    label: np.ndarray
+    """(side, side) uint8: 0 unknown, 1..8 the classes of OpenEarthMap in order."""
+
+
+class Kind(NamedTuple):
+    """What one kind of landscape holds."""
+
+    share: float
+    """Frequency among scenes, before the region's taste."""
+    spacing: float
+    """Distance of side roads; 0 for a lone road, -1 for none."""
+    frontage: float
+    """Probability that a place beside a road is built on."""
+    footprint: tuple[float, float]
+    """Shortest and longest side of a building."""
+    rows: int
+    """Rows of buildings on each side of a road."""
+    paved: float
+    """Share of the ground between buildings that is developed."""
+    farm: float
+    """Share of the parcels that are fields."""
+    wood: float
+    """Share of the ground under closed forest."""
+    trees: float
+    """Single trees per 1000 square pixels."""
+
+
+KINDS = {
+    "city": Kind(0.22, 86, 1.0, (13, 31), 3, 0.88, 0.0, 0.00, 1.6),
+    "suburb": Kind(0.21, 76, 1.0, (11, 20), 2, 0.42, 0.0, 0.05, 3.4),
+    "works": Kind(0.13, 140, 1.0, (24, 66), 3, 0.8, 0.0, 0.04, 0.7),
+    "village": Kind(0.13, 140, 0.8, (10, 19), 1, 0.25, 0.5, 0.12, 1.6),
+    "fields": Kind(0.13, 0, 0.06, (8, 20), 1, 0.05, 0.9, 0.06, 0.3),
+    "forest": Kind(0.11, 0, 0.02, (7, 12), 1, 0.0, 0.08, 0.7, 0.6),
+    "open": Kind(0.12, 0, 0.05, (7, 14), 1, 0.05, 0.1, 0.12, 1.0),
+}
+
+COLOURS = {
+    "grass": [(110, 124, 74), (142, 138, 94), (94, 116, 64), (160, 148, 106), (126, 128, 82)],
+    "tree": [(60, 80, 48), (76, 94, 56), (50, 68, 48), (92, 106, 62), (106, 104, 66)],
+    "crop": [(90, 120, 58), (128, 140, 76), (164, 150, 100), (146, 122, 90), (70, 100, 52), (184, 168, 114)],
+    "soil": [(162, 136, 104), (178, 154, 120), (152, 116, 88), (186, 172, 148), (140, 126, 106)],
+    "paved": [(150, 148, 144), (170, 166, 158), (128, 126, 126), (142, 130, 114), (114, 114, 114)],
+    "asphalt": [(112, 112, 114), (134, 132, 130), (104, 104, 106), (154, 150, 146), (172, 166, 156)],
+    "water": [(50, 66, 54), (66, 86, 72), (104, 100, 74), (44, 58, 56), (92, 106, 104), (124, 122, 112)],
+    "roof": [
+        (158, 108, 84), (136, 96, 78), (128, 128, 132), (98, 98, 102), (196, 192, 188), (150, 134, 112),
+        (172, 156, 132), (116, 126, 142), (120, 112, 104), (92, 106, 86), (142, 142, 140),
+    ],
+}  # fmt: skip
+"""Mean colours of each material, RGB in 0..255; a region keeps some of them and shifts them."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """What the scenes of one region share."""
+
+    kinds: np.ndarray
+    """(K,) probability of each kind of `KINDS`."""
+    colours: dict[str, np.ndarray]
+    """Material to (n, 3) float RGB."""
+    shadow: np.ndarray
+    """(2,) shadow of a height of one pixel."""
+    angle: float
+    """Preferred direction of roads and parcels."""
+    haze: float
+    tint: np.ndarray
+    """(3,) gain of the sensor's channels."""
+
+
+class Road(NamedTuple):
+    """One street or track."""
+
+    points: np.ndarray
+    """(n, 2) float centre line."""
+    width: int
+    dirt: bool
+
+
+class Surface(NamedTuple):
+    """One thing on the ground.  Texture strengths are relative to its brightness."""
+
+    label: int
+    colour: np.ndarray
+    """(3,) RGB."""
+    patchy: float = 0.06
+    grainy: float = 0.04
+    striped: float = 0.0
+    angle: float = 0.0
+    period: float = 4.0
+
+
+class Canvas:
+    """The map under construction."""
+
+    def __init__(self, rng: Generator, region: Region, side: int) -> None:
+        self.rng, self.region, self.side = rng, region, side
+        self.top = np.zeros((side, side), np.int32)
+        """(side, side) number of the surface on top."""
+        self.shadow = np.zeros((side, side), np.uint8)
+        """(side, side) 1 where something taller stands towards the sun."""
+        self.surfaces: list[Surface] = []
+
+    def add(self, label: int, material: str, spread: float = 7.0, **texture: float) -> int:
+        """Number of a new surface in one of the region's colours of a material, `spread` levels around it."""
+        colours = self.region.colours[material]
+        colour = (
+            colours[self.rng.integers(len(colours))] + self.rng.normal(0, spread) + self.rng.normal(0, 3, 3)
+        )
+        return self.add_like(Surface(label, colour, **texture))
+
+    def add_like(self, surface: Surface) -> int:
+        self.surfaces.append(surface)
+        return len(self.surfaces) - 1
+
+    def fill(self, number: int, polygon: np.ndarray) -> None:
+        cv2.fillPoly(self.top, [polygon.round().astype(np.int32)], number)
+
+    def labels(self) -> np.ndarray:
+        """(side, side) uint8 class codes."""
+        return np.array([s.label for s in self.surfaces], np.uint8)[self.top]
+
+
+def scene(seed: int, number: int, side: int = 256, regions: int = 12) -> Scene:
+    """Scene `number` of the world `seed`; a pure function of its arguments.
+
+    Args:
+        seed: of the world.
+        number: of the scene; it lies in region `number % regions`.
+        side: of image and label in pixels of about half a metre.
+        regions: how many regions share the world.
+    """
+    rng = keyed_rng("scene", seed, number)
+    region = draw_region(seed, number % regions)
+    kind = list(KINDS.values())[rng.choice(len(KINDS), p=region.kinds)]
+    canvas = Canvas(rng, region, side)
+    paint_ground(canvas, kind)
+    paint_water(canvas)
+    roads = draw_roads(rng, side, kind, region.angle)
+    paint_built(canvas, kind, roads)
+    paint_trees(canvas, kind, roads)
+    image = expose(rng, photograph(canvas), region)
+    label = canvas.labels()
+    if rng.random() < 0.03:
+        blacken_corner(rng, image, label)
+    return Scene(f"world{number % regions:02d}", image, label)
+
+
+def draw_region(seed: int, region: int) -> Region:
+    """Palette, mix of landscapes, sun and sensor of a region."""
+    rng = keyed_rng("region", seed, region)
+    shares = np.array([k.share for k in KINDS.values()]) * rng.gamma(3.0, 1 / 3.0, len(KINDS))
+    season = rng.uniform(-1, 1) * np.array([22, 8, -6])
+    colours = {}
+    for material, means in COLOURS.items():
+        kept = rng.choice(len(means), 6 if material == "roof" else 3, replace=False)
+        shift = rng.normal(0, 9) + rng.normal(0, 5, 3) + season * (material in ("grass", "tree", "crop"))
+        colours[material] = np.array(means, float)[kept] + shift
+    sun = rng.uniform(0, 2 * np.pi)
+    return Region(
+        shares / shares.sum(),
+        colours,
+        direction(sun) * rng.uniform(0.5, 1.3),
+        rng.uniform(0, np.pi / 2),
+        rng.uniform(0, 0.2),
+        rng.normal(1, 0.05, 3) * rng.normal(1, 0.08),
+    )
+
+
+def direction(angle: float) -> np.ndarray:
+    """(2,) unit vector."""
+    return np.array([np.cos(angle), np.sin(angle)])
+
+
+def fractal(rng: Generator, side: int, cell: float, octaves: int = 3) -> np.ndarray:
+    """(side, side) float32 noise of about unit variance, its coarsest features `cell` pixels wide."""
+    field = np.zeros((side, side), np.float32)
+    for octave in range(octaves):
+        n = int(np.ceil(side * 2**octave / cell)) + 3
+        grid = rng.standard_normal((n, n), np.float32)
+        size = int(n * cell / 2**octave) + 1
+        x, y = rng.integers(0, max(size - side, 0) + 1, 2)
+        field += (
+            cv2.resize(grid, (size, size), interpolation=cv2.INTER_CUBIC)[y : y + side, x : x + side]
+            / 2**octave
+        )
+    return field * 1.15
+
+
+def highest(field: np.ndarray, share: float) -> np.ndarray:
+    """Mask of the highest `share` of a field."""
+    return field > np.quantile(field[::4, ::4], 1 - share) if share > 0 else np.zeros(field.shape, bool)
+
+
+def blob(rng: Generator, centre: np.ndarray, radius: float) -> np.ndarray:
+    """(32, 2) outline of a wobbly disc."""
+    turn = np.linspace(0, 2 * np.pi, 32, endpoint=False)
+    stretch = sum(rng.normal(0, 0.22 / k) * np.cos(k * turn + rng.uniform(0, 6.3)) for k in range(1, 6))
+    return centre + radius * (1 + np.maximum(stretch, -0.7))[:, None] * np.stack(
+        [np.cos(turn), np.sin(turn)], 1
+    )
+
+
+def rectangle(centre: np.ndarray, along: np.ndarray, length: float, depth: float) -> np.ndarray:
+    """(4, 2) corners of a rectangle whose `length` runs along a unit vector; corners 0 and 1 share a long side."""
+    u, v = along * length / 2, np.array([-along[1], along[0]]) * depth / 2
+    return centre + np.array([-u - v, u - v, u + v, v - u])
+
+
+def paint_ground(canvas: Canvas, kind: Kind) -> None:
+    """Rangeland in patches, parcels of fields on it, bare patches last."""
+    rng, side = canvas.rng, canvas.side
+    canvas.top[:] = canvas.add(RANGE, "grass", patchy=0.1, grainy=0.07)
+    for cell, share in ((60, 0.35), (25, 0.15)):
+        patch = canvas.add(RANGE, "grass", patchy=0.12, grainy=0.1)
+        canvas.top[highest(fractal(rng, side, cell, 4), share)] = patch
+    if kind.farm:
+        angle = canvas.region.angle + rng.normal(0, 0.15)
+        for corner, size in parcels(rng, side, rng.uniform(50, 110)):
+            if rng.random() < kind.farm:
+                paint_field(canvas, corner, size, angle)
+    for _ in range(rng.poisson(2.0 * (side / 256) ** 2)):
+        bare = canvas.add(BARE, "soil", patchy=0.12, grainy=0.06)
+        canvas.fill(bare, blob(rng, rng.uniform(0, side, 2), rng.uniform(6, 34)))
+
+
+def parcels(rng: Generator, side: int, size: float) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(corner, extent) of rectangles that tile a disc around the scene's centre, each about `size` wide."""
+    todo, done = [(np.full(2, -0.75 * side), np.full(2, 1.5 * side))], []
+    while todo:
+        corner, extent = todo.pop()
+        axis = int(extent[1] > extent[0] * rng.uniform(0.6, 1.6))
+        if extent[axis] < size * rng.uniform(0.9, 1.8):
+            done.append((corner, extent))
+            continue
+        cut, step = extent.copy(), np.zeros(2)
+        cut[axis] *= rng.uniform(0.35, 0.65)
+        step[axis] = cut[axis]
+        todo += [(corner, cut), (corner + step, extent - step)]
+    return done
+
+
+def paint_field(canvas: Canvas, corner: np.ndarray, extent: np.ndarray, angle: float) -> None:
+    """A field with rows along one side, bounded by a narrow margin of grass."""
+    rng = canvas.rng
+    striped = rng.choice([0.0, 0.04, 0.09, 0.16])
+    rows = angle + rng.integers(2) * np.pi / 2
+    period = rng.uniform(2.6, 7)
+    crop = canvas.add(FARM, "crop", 9, patchy=0.07, grainy=0.03, striped=striped, angle=rows, period=period)
+    x, y = direction(angle), direction(angle + np.pi / 2)
+    low, high = corner + rng.uniform(0.5, 3), corner + extent - rng.uniform(0.5, 3)
+    square = np.array([[low[0], low[1]], [high[0], low[1]], [high[0], high[1]], [low[0], high[1]]])
+    square += rng.normal(0, 1.5, (4, 2))
+    canvas.fill(crop, canvas.side / 2 + square[:, :1] * x + square[:, 1:] * y)
+
+
+def paint_water(canvas: Canvas) -> None:
+    """Now and then a river or a lake, more often a pond."""
+    rng, side = canvas.rng, canvas.side
+    chance = rng.random()
+    if chance > 0.48:
+        return
+    water = canvas.add(WATER, "water", patchy=0.05, grainy=0.02)
+    if chance < 0.15:
+        course = walk(rng, rng.uniform(0.2, 0.8, 2) * side, rng.uniform(0, 6.3), side, 0.12)
+        width = rng.integers(10, 34)
+        bank = canvas.add(*((BARE, "soil") if rng.random() < 0.4 else (RANGE, "grass")))
+        for number, extra in ((bank, 5), (water, 0)):
+            cv2.polylines(canvas.top, [course.round().astype(np.int32)], False, number, int(width + extra))
+    else:
+        radius = rng.uniform(30, 75) if chance < 0.26 else rng.uniform(5, 18)
+        canvas.fill(water, blob(rng, rng.uniform(0, side, 2), radius))
+
+
+def walk(rng: Generator, start: np.ndarray, heading: float, side: int, bend: float) -> np.ndarray:
+    """(n, 2) curve through `start` that leaves the scene at both ends."""
+    back = stroll(rng, start, heading + np.pi, side, bend, None, np.inf)
+    return np.concatenate([back[::-1], stroll(rng, start, heading, side, bend, None, np.inf)[1:]])
+
+
+def stroll(
+    rng: Generator,
+    start: np.ndarray,
+    heading: float,
+    side: int,
+    bend: float,
+    taken: np.ndarray | None,
+    length: float,
+) -> np.ndarray:
+    """(n, 2) curve from `start` until it leaves the scene, has its length, or has just entered a taken pixel."""
+    point, points, step, turn = start, [start], 5.0, 0.0
+    for n in range(int(min(length, 4 * side) / step)):
+        turn = 0.85 * turn + rng.normal(0, bend * 0.3)
+        heading += turn
+        point = point + step * direction(heading)
+        points.append(point)
+        x, y = int(point[0]), int(point[1])
+        if not (0 <= x < side and 0 <= y < side):
+            break
+        if taken is not None and n > 3 and taken[y, x]:
+            points.append(point + step * direction(heading))
+            break
+    return np.array(points)
+
+
+def draw_roads(rng: Generator, side: int, kind: Kind, angle: float) -> list[Road]:
+    """A connected network: a main road, side roads from it, and lanes from those that end where they meet a road."""
+    if kind.spacing == 0 and rng.random() < 0.25:
+        return []
+    bend = rng.choice([0.0, 0.02, 0.09])
+    rural = kind.spacing == 0
+    taken = np.zeros((side, side), np.uint8)
+    centre = rng.uniform(0.3, 0.7, 2) * side
+    heading = angle + rng.integers(2) * np.pi / 2 + rng.normal(0, 0.1)
+    main = Road(
+        walk(rng, centre, heading, side, bend + 0.03 * rural),
+        int(rng.integers(4, 7) if rural else rng.integers(6, 11)),
+        bool(rural and rng.random() < 0.5),
+    )
+    roads, parents = [main], [main]
+    trace(taken, main)
+    for generation in range(2):
+        children = []
+        for parent in parents:
+            children += side_roads(rng, parent, generation, taken, kind, bend)
+        roads += children
+        parents = [] if rural else children
+    return roads
+
+
+def side_roads(
+    rng: Generator, parent: Road, generation: int, taken: np.ndarray, kind: Kind, bend: float
+) -> list[Road]:
+    """Roads that leave a parent about every `spacing` pixels, across it; they are marked as taken."""
+    side = len(taken)
+    spacing = kind.spacing or 150
+    gap = spacing * (1.0 if generation == 0 else 1.4)
+    roads = []
+    at = rng.uniform(0.2, 0.9) * gap
+    while (n := int(at / 5)) < len(parent.points) - 2:
+        at += gap * rng.uniform(0.75, 1.3)
+        start = parent.points[n]
+        if not (0 <= start.min() and start.max() < side):
+            continue
+        ahead = np.arctan2(*(parent.points[n + 1] - start)[::-1])
+        for hand in (1, -1) if generation == 0 else (1,):
+            if rng.random() < 0.15 + 0.3 * (kind.spacing == 0):
+                continue
+            length = np.inf if rng.random() < 0.8 else rng.uniform(0.5, 1.5) * spacing
+            points = stroll(
+                rng, start, ahead + hand * np.pi / 2 + rng.normal(0, 0.05), side, bend, taken, length
+            )
+            narrow = (4, 7) if generation == 0 and kind.spacing else (3, 5)
+            dirt = rng.random() < (0.6 if kind.spacing == 0 else 0.1)
+            roads.append(Road(points, int(rng.integers(*narrow)), bool(dirt)))
+    for road in roads:
+        trace(taken, road)
+    return roads
+
+
+def trace(canvas: np.ndarray, road: Road, value: int = 1, extra: int = 0, shrink: float = 1.0) -> None:
+    """Draws a road into an integer raster, `extra` pixels wider or at a fraction of its width."""
+    width = max(1, round(road.width * shrink) + extra)
+    cv2.polylines(canvas, [road.points.round().astype(np.int32)], False, value, width)
+
+
+def paint_built(canvas: Canvas, kind: Kind, roads: list[Road]) -> None:
+    """Pavement, lots, roads with cars, and buildings with their shadows."""
+    rng, side = canvas.rng, canvas.side
+    sites = building_sites(canvas, kind, roads)
+    if kind.paved and kind.spacing > 0:
+        paved = canvas.add(DEVELOPED, "paved", patchy=0.08, grainy=0.05)
+        near = np.zeros((side, side), np.uint8)
+        for road in roads:
+            trace(near, road, extra=int(2.2 * kind.footprint[1]) + 12)
+        ground = highest(fractal(rng, side, 40), kind.paved) & (near > 0)
+        canvas.top[ground & (canvas.labels() != WATER)] = paved
+    for centre, along, length, depth in sites:
+        if rng.random() < 0.25 + 0.6 * kind.paved:
+            lot = canvas.add(DEVELOPED, rng.choice(["paved", "paved", "asphalt", "soil"]), grainy=0.06)
+            canvas.fill(
+                lot, rectangle(centre, along, length + rng.uniform(3, 12), depth + rng.uniform(4, 14))
+            )
+    paint_roads(canvas, kind, roads)
+    for site in sites:
+        paint_building(canvas, *site)
+
+
+def paint_roads(canvas: Canvas, kind: Kind, roads: list[Road]) -> None:
+    """Pavement beside streets, then the roads, the narrow ones first, with a line or cars on the wide ones."""
+    rng = canvas.rng
+    if kind.spacing > 0:
+        walkway = canvas.add(DEVELOPED, "paved")
+        for road in roads:
+            trace(canvas.top, road, walkway, extra=2 * int(rng.integers(1, 4)))
+    asphalt = [canvas.add(ROAD, "asphalt", 8, patchy=0.04, grainy=0.04) for _ in range(3)]
+    dirt = canvas.add(ROAD, "soil", 8, patchy=0.08, grainy=0.05)
+    line = canvas.add_like(Surface(ROAD, np.full(3, 205.0)))
+    for road in sorted(roads, key=lambda r: r.width):
+        trace(canvas.top, road, dirt if road.dirt else asphalt[rng.integers(3)])
+        if road.width > 8 and not road.dirt:
+            trace(canvas.top, road, line, shrink=0.05)
+            for point in road.points[rng.random(len(road.points)) < 0.12]:
+                car = canvas.add_like(Surface(ROAD, rng.choice([50.0, 120.0, 230.0]) + rng.normal(0, 20, 3)))
+                cv2.circle(canvas.top, (point + rng.uniform(-2, 2, 2)).astype(int).tolist(), 1, car, -1)
+
+
+Site = tuple[np.ndarray, np.ndarray, float, float]
+"""Centre (2,), unit vector along the street (2,), length, depth."""
+
+
+def building_sites(canvas: Canvas, kind: Kind, roads: list[Road]) -> list[Site]:
+    """Places for buildings along both sides of the roads, clear of roads, water and one another."""
+    rng, side = canvas.rng, canvas.side
+    taken = (canvas.labels() == WATER).astype(np.uint8)
+    for road in roads:
+        trace(taken, road, extra=3)
+    grid = np.stack(np.meshgrid([-0.5, -0.25, 0, 0.25, 0.5], [-0.5, -0.25, 0, 0.25, 0.5]), -1).reshape(-1, 2)
+    sites: list[Site] = []
+    for road in roads:
+        for hand in (1, -1):
+            at = rng.uniform(0, 12)
+            while (n := int(at / 5)) < len(road.points) - 1:
+                size = rng.uniform(*kind.footprint, 2)
+                at += size[0] + rng.uniform(1.5, 6)
+                along = road.points[n + 1] - road.points[n]
+                along = along / np.hypot(*along)
+                out = hand * np.array([-along[1], along[0]])
+                edge = road.width / 2 + rng.uniform(2, 5)
+                for _ in range(kind.rows):
+                    if rng.random() > kind.frontage:
+                        continue
+                    for scale in (1.0, 0.7, 0.5):
+                        length, depth = scale * size
+                        centre = road.points[n] + along * size[0] / 2 + out * (edge + depth / 2)
+                        spots = centre + grid @ np.array([along * (length + 2), out * (depth + 2)])
+                        x, y = spots.astype(int).clip(0, side - 1).T
+                        if not taken[y, x].any():
+                            sites.append((centre, along, length, depth))
+                            corners = rectangle(centre, along, length, depth).round().astype(np.int32)
+                            cv2.fillPoly(taken, [corners], 1)
+                            break
+                    edge += size[1] + rng.uniform(2, 6)
+    return sites
+
+
+def paint_building(
+    canvas: Canvas, centre: np.ndarray, along: np.ndarray, length: float, depth: float
+) -> None:
+    """A flat, gabled or L-shaped roof and its shadow."""
+    rng = canvas.rng
+    base = rectangle(centre, along, length, depth)
+    height = rng.uniform(4, 9) + 0.12 * min(length, depth) * rng.random() * 3
+    hull = cv2.convexHull(np.concatenate([base, base + canvas.region.shadow * height]).astype(np.float32))
+    cv2.fillPoly(canvas.shadow, [hull.round().astype(np.int32)], 1)
+    roof = canvas.add(BUILDING, "roof", 8, patchy=0.03, grainy=0.04)
+    canvas.fill(roof, base)
+    shape, surface = rng.random(), canvas.surfaces[roof]
+    if shape < 0.6 and depth < 24:
+        across = np.array([-along[1], along[0]])
+        slope = 1 - 0.18 * float(np.sign(across @ canvas.region.shadow)) * rng.uniform(0.5, 1.2)
+        half = canvas.add_like(surface._replace(colour=surface.colour * slope))
+        canvas.fill(half, rectangle(centre + across * depth / 4, along, length, depth / 2))
+    elif shape < 0.85:
+        for _ in range(int(rng.integers(1, 4))):
+            spot = centre + rectangle(np.zeros(2), along, length, depth)[rng.integers(4)] * rng.uniform(
+                0.2, 0.7
+            )
+            unit = canvas.add_like(surface._replace(colour=surface.colour * rng.uniform(0.75, 1.2)))
+            canvas.fill(unit, rectangle(spot, along, rng.uniform(2, 6), rng.uniform(2, 5)))
+
+
+def paint_trees(canvas: Canvas, kind: Kind, roads: list[Road]) -> None:
+    """Forests of touching crowns, then clumps and single trees; the middle of a road stays open to the sky."""
+    rng, side = canvas.rng, canvas.side
+    below, labels = canvas.top.copy(), canvas.labels()
+    core = np.zeros((side, side), np.uint8)
+    for road in roads:
+        trace(core, road, shrink=0.6)
+    leaves = [canvas.add(TREE, "tree", 5, patchy=0.1, grainy=0.12) for _ in range(3)]
+    size = rng.uniform(2.4, 4.6)
+    closed = highest(fractal(rng, side, 70, 4), kind.wood * rng.uniform(0.6, 1.35))
+    closed &= (labels == RANGE) | (labels == FARM) | (labels == BARE)
+    canvas.top[closed] = leaves[0]
+    pitch = np.arange(0, side, 1.5 * size)
+    spots = np.stack(np.meshgrid(pitch, pitch), -1).reshape(-1, 2)
+    spots = (spots + rng.normal(0, 0.4 * size, spots.shape)).clip(0, side - 1)
+    spots = spots[closed[spots[:, 1].astype(int), spots[:, 0].astype(int)]]
+    lone = rng.uniform(0, side, (rng.poisson(kind.trees * side**2 / 1000), 2))
+    clumps = [c + rng.normal(0, 3 * size, (int(rng.integers(2, 7)), 2)) for c in lone[::3]]
+    lone = np.concatenate([lone, *clumps]).clip(0, side - 1)
+    at = labels[lone[:, 1].astype(int), lone[:, 0].astype(int)]
+    lone = lone[(at == RANGE) | (at == DEVELOPED) | ((at == FARM) & (rng.random(len(at)) < 0.2))]
+    paint_crowns(canvas, leaves, np.concatenate([spots, lone]), size)
+    canvas.top[core > 0] = below[core > 0]
+
+
+def paint_crowns(canvas: Canvas, leaves: list[int], spots: np.ndarray, size: float) -> None:
+    """Round crowns, bright towards the sun, each with its shadow."""
+    rng = canvas.rng
+    shades = [
+        tuple(
+            canvas.add_like(canvas.surfaces[n]._replace(colour=canvas.surfaces[n].colour * f))
+            for f in (d, 1.3 * d)
+        )
+        for n in leaves
+        for d in (0.8, 0.95, 1.1)
+    ]
+    radii = size * rng.uniform(0.6, 1.5, len(spots))
+    shade = rng.integers(len(shades), size=len(spots))
+    towards = -canvas.region.shadow / np.hypot(*canvas.region.shadow)
+    caps = (spots + 0.35 * radii[:, None] * towards).round().astype(int).tolist()
+    casts = (spots + 1.2 * radii[:, None] * canvas.region.shadow).round().astype(int).tolist()
+    rounds, caps_r = radii.round().astype(int).tolist(), (0.55 * radii).round().astype(int).tolist()
+    for centre, cap, cast, r, c, s in zip(
+        spots.round().astype(int).tolist(), caps, casts, rounds, caps_r, shade.tolist(), strict=True
+    ):
+        cv2.circle(canvas.shadow, cast, r, 1, -1)
+        cv2.circle(canvas.top, centre, r, shades[s][0], -1)
+        cv2.circle(canvas.top, cap, c, shades[s][1], -1)
+
+
+def photograph(canvas: Canvas) -> np.ndarray:
+    """(side, side, 3) float32 in 0..255: the map with its textures and shadows, before the sensor."""
+    rng, side, top = canvas.rng, canvas.side, canvas.top
+    colour = np.array([s.colour for s in canvas.surfaces], np.float32)[top]
+    texture = np.array([s[2:] for s in canvas.surfaces], np.float32)
+    patchy, grainy = texture[:, 0][top], texture[:, 1][top]
+    light = 1 + patchy * fractal(rng, side, 24, 4) + grainy * fractal(rng, side, 3, 2)
+    y, x = np.nonzero(texture[:, 2][top])
+    striped, angle, period = texture[top[y, x], 2:].T
+    sway = fractal(rng, side, 60, 1)[y, x]
+    light[y, x] += striped * np.sin(2 * np.pi * (y * np.cos(angle) - x * np.sin(angle) + sway) / period)
+    tall = np.isin(canvas.labels(), (BUILDING, TREE))
+    shade = cv2.GaussianBlur((canvas.shadow * ~tall).astype(np.float32), (3, 3), 0)
+    light *= 1 - rng.uniform(0.42, 0.62) * shade
+    colour *= light[..., None]
+    colour[..., 2] *= 1 + 0.12 * shade
+    return colour
+
+
+def expose(rng: Generator, image: np.ndarray, region: Region) -> np.ndarray:
+    """(side, side, 3) uint8: the scene through uneven light, cloud shadow, haze, optics and noise."""
+    side = len(image)
+    ramp = np.linspace(-1, 1, side, dtype=np.float32)
+    slope = rng.normal(0, 0.06, 2)
+    light = 1 + slope[0] * ramp[:, None] + slope[1] * ramp
+    if rng.random() < 0.1:
+        light *= 1 - 0.45 * np.clip(fractal(rng, side, 160, 2) + 0.2, 0, 1)
+    image = image * (light[..., None] * (region.tint * rng.normal(1, 0.06, 3) * np.exp(rng.normal(-0.02, 0.2))).astype(np.float32))
+    if rng.random() < AMBIGUOUS:
+        image = obscure(rng, image)
+    haze = min(0.45, region.haze * rng.uniform(0.3, 1.5))
+    image = image * (1 - haze) + haze * np.array([188, 196, 206], np.float32)
+    image = cv2.GaussianBlur(image, (5, 5), rng.uniform(0.45, 0.95))
+    image += rng.uniform(1.5, 5.5) * rng.standard_normal(image.shape, np.float32)
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def obscure(rng: Generator, image: np.ndarray) -> np.ndarray:
+    """The image, or a part of it, under thick haze, out of focus, or with its colours run together."""
+    side = len(image)
+    small = cv2.resize(image, (side // 8, side // 8), interpolation=cv2.INTER_AREA)
+    smooth = cv2.resize(small, (side, side), interpolation=cv2.INTER_CUBIC)
+    way = rng.integers(3)
+    if way == 0:
+        worse = 0.38 * image + 0.62 * np.array([186, 190, 194], np.float32)
+    elif way == 1:
+        worse = cv2.GaussianBlur(image, (0, 0), rng.uniform(2, 3.2))
+    else:
+        worse = 0.35 * image + 0.65 * (smooth * 0.5 + image.mean((0, 1)) * 0.5)
+        worse *= 1 + 0.08 * fractal(rng, side, 5, 2)[..., None]
+    whole = rng.random() < 0.5
+    weight = np.float32(1.0) if whole else np.clip(0.5 + 2 * fractal(rng, side, 140, 2), 0, 1)[..., None]
+    return image + weight * (worse - image)
+
+
+def blacken_corner(rng: Generator, image: np.ndarray, label: np.ndarray) -> None:
+    """Cuts the edge of the survey, black and of unknown class, out of a corner, in place."""
+    side = len(label)
+    corner = rng.integers(2, size=2) * (side - 1)
+    legs = rng.uniform(0.3, 0.9, 2) * side * np.where(corner > 0, -1, 1)
+    triangle = np.array([corner, corner + [legs[0], 0], corner + [0, legs[1]]]).round().astype(np.int32)
+    cv2.fillPoly(image, [triangle], (0, 0, 0))
+    cv2.fillPoly(label, [triangle], UNKNOWN)
