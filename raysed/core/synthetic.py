@@ -71,7 +71,7 @@ COLOURS = {
     "grass": [(110, 124, 74), (142, 138, 94), (94, 116, 64), (160, 148, 106), (126, 128, 82)],
     "tree": [(60, 80, 48), (76, 94, 56), (50, 68, 48), (92, 106, 62), (106, 104, 66)],
     "crop": [(90, 120, 58), (128, 140, 76), (164, 150, 100), (146, 122, 90), (70, 100, 52), (184, 168, 114)],
-    "soil": [(162, 136, 104), (178, 154, 120), (152, 116, 88), (186, 172, 148), (140, 126, 106)],
+    "soil": [(162, 136, 104), (178, 154, 120), (152, 116, 88), (172, 158, 134), (140, 126, 106)],
     "paved": [(150, 148, 144), (170, 166, 158), (128, 126, 126), (142, 130, 114), (114, 114, 114)],
     "asphalt": [(112, 112, 114), (134, 132, 130), (104, 104, 106), (154, 150, 146), (172, 166, 156)],
     "water": [(50, 66, 54), (66, 86, 72), (104, 100, 74), (44, 58, 56), (92, 106, 104), (124, 122, 112)],
@@ -227,7 +227,7 @@ def highest(field: np.ndarray, share: float) -> np.ndarray:
 def blob(rng: Generator, centre: np.ndarray, radius: float) -> np.ndarray:
     """(32, 2) outline of a wobbly disc."""
     turn = np.linspace(0, 2 * np.pi, 32, endpoint=False)
-    stretch = sum(rng.normal(0, 0.22 / k) * np.cos(k * turn + rng.uniform(0, 6.3)) for k in range(1, 6))
+    stretch = sum(rng.normal(0, 0.32 / k**0.7) * np.cos(k * turn + rng.uniform(0, 6.3)) for k in range(1, 7))
     return centre + radius * (1 + np.maximum(stretch, -0.7))[:, None] * np.stack(
         [np.cos(turn), np.sin(turn)], 1
     )
@@ -579,7 +579,12 @@ def expose(rng: Generator, image: np.ndarray, region: Region) -> np.ndarray:
     light = 1 + slope[0] * ramp[:, None] + slope[1] * ramp
     if rng.random() < 0.1:
         light *= 1 - 0.45 * np.clip(fractal(rng, side, 160, 2) + 0.2, 0, 1)
-    image = image * (light[..., None] * (region.tint * rng.normal(1, 0.06, 3) * np.exp(rng.normal(-0.02, 0.2))).astype(np.float32))
+    image = image * (
+        light[..., None]
+        * (region.tint * rng.normal(1, 0.06, 3) * np.exp(min(rng.normal(-0.02, 0.2), 0.25))).astype(
+            np.float32
+        )
+    )
     if rng.random() < AMBIGUOUS:
         image = obscure(rng, image)
     haze = min(0.45, region.haze * rng.uniform(0.3, 1.5))

@@ -242,11 +242,15 @@ def _pread(full: str, requests: list[tuple[int, int]]) -> list[bytes]:
 def _temporary(full: str, data: bytes) -> str:
     os.makedirs(os.path.dirname(full), exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=".raysed-", dir=os.path.dirname(full))
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(name, 0o644)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+    except OSError:
+        os.unlink(name)
+        raise
     return name
 
 

@@ -1,0 +1,31 @@
+# make active   the main job on the embedded demo
+# make test     all tests (make check: the ones without Ray)
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.raysed-ready
+
+.PHONY: active test check lint clean
+
+active: $(READY)
+	$(PYTHON) jobs/active.py
+
+test: $(READY) lint
+	$(PYTHON) -m pytest
+
+check: $(READY) lint
+	$(PYTHON) -m pytest -m "not ray"
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(READY): pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --upgrade pip
+	$(PYTHON) -m pip install --quiet -c constraints.txt -e ".[test]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) runs data

@@ -1,0 +1,181 @@
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from raysed.config import ClusterConfig, Experiment, OptimConfig, SelectConfig
+from raysed.errors import RunHeldError, UsageError
+from raysed.io import ledger as module
+from raysed.io.ledger import (
+    Lease,
+    Ledger,
+    choose,
+    difference,
+    folder,
+    kept,
+    selection_table,
+    table_bytes,
+    verify,
+)
+from raysed.io.storage import Storage
+
+IDS = [f"t{i:02d}" for i in range(20)]
+INDEX = pa.table({"tile_id": IDS, "label_offset": pa.array([1] * 20, pa.int64())})
+EXP = Experiment(cycles=4, select=SelectConfig(strategy="entropy"))
+
+
+def commit(ledger: Ledger, cycle: int, exp: Experiment = EXP) -> None:
+    entropy = np.random.default_rng(cycle).random(20)
+    scores = pa.table({"tile_id": IDS, "entropy": entropy})
+    selection = choose(exp, cycle, scores=scores, index=INDEX, state={}, excluded={"t03"})
+    files = {
+        "model.safetensors": b"m%d" % cycle,
+        "optimizer.safetensors": b"o%d" % cycle,
+        "scores.parquet": table_bytes(scores),
+        "selected.parquet": table_bytes(selection_table(selection)),
+        "state.json": json.dumps({"strategy": {}, "excluded": ["t03"], "quarantine": []}).encode(),
+    }
+    ledger.commit(cycle, files, lambda: {"train": {"loss": 1.0 / (cycle + 1)}, "val": {"miou": 0.1 * cycle}})
+    ledger.prune(cycle)
+
+
+@pytest.fixture
+def run(tmp_path):
+    ledger = Ledger(Storage(str(tmp_path / "run")), epoch=1)
+    ledger.open(EXP, "data")
+    for cycle in range(4):
+        commit(ledger, cycle)
+    return ledger
+
+
+def test_an_honest_run_verifies_and_equals_itself(run):
+    assert verify(run, INDEX) == []
+    assert difference(run, run) == []
+
+
+def test_a_cycle_without_manifest_does_not_count_and_can_be_committed_again(run):
+    run.storage.remove(f"{folder(3)}/manifest.json")
+    assert [m.cycle for m in run.manifests()] == [0, 1, 2]
+    commit(run, 3)
+    assert [m.cycle for m in run.manifests()] == [0, 1, 2, 3]
+
+
+def test_a_committed_cycle_is_not_committed_twice(run):
+    with pytest.raises(RunHeldError, match="committed by another driver"):
+        commit(run, 3)
+
+
+def test_verify_finds_a_flipped_byte_and_a_selection_that_does_not_follow(run, tmp_path):
+    path = f"{run.storage.uri}/{folder(1)}/scores.parquet"
+    with open(path, "r+b") as file:
+        file.seek(30)
+        file.write(b"\xff")
+    assert any("cycle 1" in line and "sha256" in line for line in verify(run, INDEX))
+    other = Ledger(Storage(str(tmp_path / "cheat")), epoch=1)
+    other.open(EXP, "data")
+    commit(other, 0)
+    manifest = json.loads(other.storage.read(f"{folder(0)}/manifest.json"))
+    forged = table_bytes(selection_table(module.Selection(["t01"], [1.0], ["entropy 9"])))
+    manifest["files"]["selected.parquet"] = {"bytes": len(forged), "sha256": module.digest(forged)}
+    other.storage.write(f"{folder(0)}/selected.parquet", forged)
+    other.storage.write(f"{folder(0)}/manifest.json", json.dumps(manifest).encode())
+    assert any("replayed selection differs" in line for line in verify(other, INDEX))
+
+
+def test_quarantined_tiles_are_never_selected(run):
+    for manifest in run.manifests():
+        assert "t03" not in run.table(manifest, "selected.parquet")["tile_id"].to_pylist()
+
+
+def test_resume_falls_back_to_the_last_good_cycle_and_says_so(run):
+    said = []
+    assert run.resume_point(said.append).cycle == 3
+    run.storage.write(f"{folder(3)}/model.safetensors", b"rotten")
+    assert run.resume_point(said.append).cycle == 2
+    assert "cycle 3 is not used" in said[0]
+    assert len(run.manifests()) == 3
+
+
+def test_retention_keeps_the_newest_two_and_every_tenth(tmp_path):
+    ledger = Ledger(Storage(str(tmp_path)), epoch=1)
+    for cycle in range(24):
+        commit(ledger, cycle)
+    paths = ledger.storage.list()
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        there = {c for c in range(24) if f"{folder(c)}/{name}" in paths}
+        assert there == {c for c in range(24) if kept(name, c, 23)}
+    assert {c for c in range(24) if f"{folder(c)}/model.safetensors" in paths} == {0, 10, 20, 22, 23}
+    assert verify_files(ledger)
+
+
+def verify_files(ledger: Ledger) -> bool:
+    ledger.storage.create(
+        "config.json", json.dumps({"format": 1, "experiment": EXP.to_dict(), "dataset_hash": ""}).encode()
+    )
+    return verify(ledger, INDEX) == []
+
+
+def test_another_configuration_is_refused_with_the_difference(run):
+    changed = replace(EXP, optim=OptimConfig(lr=0.1))
+    with pytest.raises(UsageError, match=r"optim\.lr: 5e-05 there, 0\.1 now"):
+        run.open(changed, "data")
+    with pytest.raises(UsageError, match="data set: data there, other now"):
+        run.open(EXP, "other")
+    run.open(replace(changed, allow_config_change=True), "data")
+    run.open(replace(EXP, cluster=ClusterConfig(workers=2)), "data")
+
+
+def test_difference_names_what_differs(run, tmp_path):
+    other = Ledger(Storage(str(tmp_path / "other")), epoch=1)
+    exp = replace(EXP, select=SelectConfig(strategy="entropy", tiles=5))
+    other.open(exp, "data")
+    for cycle in range(3):
+        commit(other, cycle, exp)
+    lines = difference(run, other)
+    assert any("config select.tiles" in line for line in lines)
+    assert "cycles: 4 and 3" in lines
+    assert "cycle 0: selected.parquet differs" in lines
+    assert not any("scores.parquet" in line for line in lines)
+
+
+def test_a_living_holder_keeps_others_out_and_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BEAT_SECONDS", 0.1)
+    storage = Storage(str(tmp_path))
+    with Lease(storage) as held:
+        assert held.epoch == 1
+        with pytest.raises(RunHeldError, match=f"held by process {os.getpid()} on"), Lease(storage):
+            pass
+    with Lease(storage) as again:  # a released lease is free at once
+        assert again.epoch == 2
+
+
+def test_a_silent_holder_elsewhere_is_taken_over_and_fenced(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "DEAD_AFTER", 1.0)
+    storage = Storage(str(tmp_path))
+    body = {"host": "elsewhere", "boot": "x", "pid": 1, "token": "y", "beat": 7}
+    storage.write("leases/000001.json", json.dumps(body).encode())
+    stale = Ledger(storage, epoch=1)
+    with Lease(storage) as lease:
+        assert lease.epoch == 2
+        with pytest.raises(RunHeldError, match="taken this run over"):
+            commit(stale, 0)
+        commit(Ledger(storage, lease.epoch), 0)
+
+
+def test_a_dead_process_of_this_machine_is_taken_over_at_once(tmp_path):
+    code = (
+        "import os, sys; from raysed.io.ledger import Lease; from raysed.io.storage import Storage;"
+        f"Lease(Storage({str(tmp_path)!r})).__enter__(); os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    import time
+
+    began = time.monotonic()
+    with Lease(Storage(str(tmp_path))) as lease:
+        assert lease.epoch == 2
+    assert time.monotonic() - began < module.DEAD_AFTER / 2

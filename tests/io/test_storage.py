@@ -1,0 +1,110 @@
+import itertools
+import pickle
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raysed.errors import UsageError
+from raysed.io.storage import Storage, coalesce
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return Storage(str(tmp_path / "root"))
+
+
+def test_write_read_list_remove(storage):
+    storage.write("a/b.bin", b"one")
+    storage.write("a/b.bin", b"two!")
+    storage.write("c.bin", b"")
+    assert storage.read("a/b.bin") == b"two!"
+    assert storage.list() == {"a/b.bin": 4, "c.bin": 0}
+    assert storage.list("a") == {"a/b.bin": 4}
+    assert storage.exists("a/b.bin")
+    storage.remove("a/b.bin")
+    storage.remove("a/b.bin")
+    assert not storage.exists("a/b.bin")
+    with pytest.raises(FileNotFoundError):
+        storage.read("a/b.bin")
+
+
+def test_create_has_one_winner_among_racing_threads(storage):
+    barrier, won = threading.Barrier(8), []
+
+    def race(number: int) -> None:
+        barrier.wait()
+        if storage.create("manifest.json", b"%d" % number):
+            won.append(number)
+
+    threads = [threading.Thread(target=race, args=(n,)) for n in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(won) == 1
+    assert storage.read("manifest.json") == b"%d" % won[0]
+
+
+def test_a_failed_write_leaves_the_old_bytes_and_no_litter(storage, monkeypatch):
+    storage.write("x", b"old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(Exception, match="No space left"):
+        storage.write("x", b"new")
+    monkeypatch.undo()
+    assert storage.read("x") == b"old"
+    assert [p.name for p in Path(storage.uri).iterdir()] == ["x"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 400), st.integers(1, 50)), min_size=1), st.integers(0, 60))
+def test_coalesced_requests_cover_all_spans_and_keep_apart(spans, gap):
+    requests = coalesce(spans, gap)
+    for offset, length in spans:
+        assert any(start <= offset and offset + length <= start + size for start, size in requests)
+    for (a, size), (b, _) in itertools.pairwise(requests):
+        assert b - (a + size) > gap
+
+
+def test_ranges_come_back_in_the_order_asked_for(storage):
+    data = bytes(range(256)) * 100
+    storage.write("x", data)
+    spans = [(20000, 10), (5, 3), (5, 8), (25590, 20), (6, 1)]
+    assert storage.read_ranges("x", spans) == [data[o : o + n] for o, n in spans]
+
+
+@pytest.mark.parametrize(
+    ("uri", "text"),
+    [
+        ("s3://key:secret@bucket/x", "no credentials"),
+        ("s3://bucket/x?access_key=1", "no credentials"),
+        ("gs://bucket/x", "scheme must be"),
+        ("s3://", "no valid bucket"),
+        ("s3://Bad_Bucket/x", "no valid bucket"),
+    ],
+)
+def test_bad_uris_are_refused_without_repeating_secrets(uri, text):
+    with pytest.raises(UsageError, match=text) as caught:
+        Storage(uri)
+    assert "secret" not in str(caught.value)
+
+
+@given(st.text(max_size=30))
+def test_no_path_leaves_its_root(path):
+    storage = Storage("s3://bucket/root")
+    try:
+        full = storage._full(path)
+    except UsageError:
+        return
+    assert full.startswith("bucket/root/")
+    assert ".." not in full.split("/")
+    assert "\0" not in full
+
+
+def test_a_storage_pickles_as_its_uri():
+    assert pickle.loads(pickle.dumps(Storage("s3://bucket/x"))).uri == "s3://bucket/x"

@@ -1,0 +1,161 @@
+from dataclasses import replace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from raysed.core.tiles import OPENEARTHMAP, pixel_counts, tile_id
+from raysed.errors import DataError, UsageError
+from raysed.io import codec, store
+from raysed.io.storage import Storage
+from raysed.io.store import BadTile, Store, Tile, read_tiles
+
+SIDE = 32
+
+
+def rows(count: int) -> list[dict]:
+    made = []
+    for i in range(count):
+        rng = np.random.default_rng(i)
+        image = rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+        label = rng.integers(0, 9, (SIDE, SIDE)).astype(np.uint8)
+        labelled = i % 7 > 0
+        made.append(
+            {
+                "tile_id": tile_id(f"here_{i}", 0, 0),
+                "region": "here",
+                "source": f"here_{i}",
+                "row": 0,
+                "col": 0,
+                "split": "val" if i % 5 == 4 else "train",
+                "pixels": pixel_counts(label, 8).tolist() if labelled else None,
+                "crs": None,
+                "transform": None,
+                "scale": [1.0, 1.0],
+                "image": codec.encode_image(image),
+                "label": codec.encode_label(label) if labelled else None,
+            }
+        )
+    return made
+
+
+@pytest.fixture
+def made(tmp_path):
+    storage, tiles = Storage(str(tmp_path)), rows(50)
+    piece = store.write_shard(storage, "shards/part-00000.parquet", tiles)
+    store.finish(storage, name="x", classes=OPENEARTHMAP, ignore=(0,), tile_size=SIDE, index=piece)
+    return Store.open(str(tmp_path)), tiles
+
+
+def test_what_was_written_is_read_back_in_the_order_asked_for(made):
+    opened, tiles = made
+    wanted = [t["tile_id"] for t in tiles[::-3]]
+    read = read_tiles(opened.storage, opened.locations(wanted), SIDE)
+    assert [t.tile_id for t in read] == wanted
+    for tile, row in zip(read, tiles[::-3], strict=True):
+        assert isinstance(tile, Tile)
+        assert codec.encode_image(tile.image) == row["image"]
+        assert (tile.label is None) == (row["label"] is None)
+
+
+def test_a_random_fifth_costs_at_most_a_tenth_more_bytes_than_its_tiles(made, monkeypatch):
+    opened, tiles = made
+    fetched = []
+    original = store.Storage.read_ranges
+
+    def counting(self, path, spans):
+        from raysed.io.storage import GAP, coalesce
+
+        fetched.append(sum(n for _, n in coalesce(spans, GAP)))
+        return original(self, path, spans)
+
+    monkeypatch.setattr(store.Storage, "read_ranges", counting)
+    chosen = [tiles[i] for i in np.random.default_rng(0).permutation(50)[:10]]
+    read_tiles(opened.storage, opened.locations([t["tile_id"] for t in chosen]), SIDE)
+    own = sum(len(t["image"]) + len(t["label"] or b"") for t in chosen)
+    assert own <= sum(fetched) <= own + 10 * 8192  # never whole row groups; gaps up to 8 kB share a request
+
+
+def test_shards_are_ordinary_parquet(made):
+    opened, tiles = made
+    table = pq.read_table(f"{opened.storage.uri}/shards/part-00000.parquet")
+    assert table["image"].to_pylist() == [t["image"] for t in tiles]
+    assert table["tile_id"].to_pylist() == [t["tile_id"] for t in tiles]
+
+
+def test_counts_and_splits(made):
+    opened, tiles = made
+    assert opened.dataset.tiles == {"train": 40, "val": 10}
+    known = [t for t in tiles if t["pixels"]]
+    total = np.sum([opened.dataset.pixels[s] for s in ("train", "val")], axis=0)
+    assert total.tolist() == np.sum([t["pixels"] for t in known], axis=0).tolist()
+
+
+def test_the_content_hash_does_not_depend_on_the_shards_but_on_every_pixel(tmp_path):
+    def build(name: str, tiles: list[dict], cut: int) -> str:
+        storage = Storage(str(tmp_path / name))
+        pieces = [
+            store.write_shard(storage, f"shards/part-{k:05d}.parquet", tiles[k * cut : (k + 1) * cut])
+            for k in range(-(-len(tiles) // cut))
+        ]
+        import pyarrow as pa
+
+        index = pa.concat_tables(pieces[::-1])
+        return store.finish(
+            storage, name="x", classes=OPENEARTHMAP, ignore=(0,), tile_size=SIDE, index=index
+        ).content_hash
+
+    tiles = rows(20)
+    assert build("a", tiles, 20) == build("b", tiles, 7)
+    image = codec.decode_image(tiles[3]["image"], SIDE).copy()
+    image[0, 0, 0] ^= 1
+    tiles[3]["image"] = codec.encode_image(image)
+    assert build("c", tiles, 20) != build("a2", rows(20), 20)
+
+
+def test_flipped_bytes_truncated_and_missing_shards_are_bad_tiles_not_exceptions(made):
+    opened, tiles = made
+    path = f"{opened.storage.uri}/shards/part-00000.parquet"
+    ids = [t["tile_id"] for t in tiles]
+    at = opened.locations([ids[8]])[0]
+    with open(path, "r+b") as file:
+        file.seek(at["image_offset"] + 20)
+        file.write(b"\x00\xff\x00")
+    found = read_tiles(opened.storage, opened.locations(ids), SIDE)
+    assert [type(f) for f in found].count(BadTile) == 1
+    assert found[8].reason.startswith("bytes have sha256")
+    with open(path, "r+b") as file:
+        file.truncate(at["image_offset"] + 10)
+    found = read_tiles(opened.storage, opened.locations(ids), SIDE)
+    assert all(isinstance(f, BadTile) for f in found[8:])
+    import os
+
+    os.unlink(path)
+    assert read_tiles(opened.storage, opened.locations(ids[:1]), SIDE)[0].reason.endswith("is missing")
+
+
+def test_missing_unfinished_and_foreign_stores_are_named(tmp_path, made):
+    opened, _ = made
+    with pytest.raises(UsageError, match="no finished tile store at"):
+        Store.open(str(tmp_path / "nowhere"))
+    opened.storage.write("dataset.json", replace(opened.dataset, format=99).to_json())
+    with pytest.raises(DataError, match="store format 99"):
+        Store.open(opened.storage.uri)
+    with pytest.raises(UsageError, match="tile nope is not in the store"):
+        opened.locations(["nope"])
+
+
+def test_only_the_stores_own_formats_are_decoded():
+    import io
+
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.new("RGB", (SIDE, SIDE)).save(out, "GIF")
+    with pytest.raises(ValueError, match="not WebP"):
+        codec.decode_image(out.getvalue(), SIDE)
+    good = codec.encode_image(np.zeros((SIDE, SIDE, 3), np.uint8))
+    with pytest.raises(ValueError, match="the store holds"):
+        codec.decode_image(good, SIDE * 2)
+    with pytest.raises(ValueError, match="decoded to nothing"):
+        codec.decode_image(good[:30], SIDE)
