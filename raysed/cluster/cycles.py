@@ -27,7 +27,7 @@ from ray.actor import ActorHandle
 from ray.train.collective import broadcast_from_rank_zero
 
 from raysed.cluster.connect import quiet_data
-from raysed.cluster.scoring import Scores, score_pool
+from raysed.cluster.scoring import Scores, score_pool, share_threads
 from raysed.cluster.stream import Row, Stream
 from raysed.config import Experiment
 from raysed.core import metrics, networks
@@ -92,14 +92,17 @@ def run(config: dict[str, Any]) -> None:
     """The training function of every rank: all arms, one after the other."""
     setup: Setup = config["setup"]
     quiet_data()
+    first = ray.train.get_context().get_world_rank() == 0
     try:
+        if first and setup.scorers:
+            share_threads(setup.scorers, setup.arms[0].experiment.cluster.wait_nodes)
         for arm in setup.arms:
             if not Worker(setup, arm).run():
                 break
     except RaysedError as error:
         setup.monitor.post.remote({"kind": "failed", "exit_code": error.exit_code, "text": str(error)})
         raise
-    if ray.train.get_context().get_world_rank() == 0:
+    if first:
         ray.get(setup.monitor.post.remote({"kind": "done"}))
 
 

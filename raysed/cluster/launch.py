@@ -194,20 +194,8 @@ def _start_scorers(experiment: Experiment, store: Store, device: str, count: int
         max_restarts=-1,
         scheduling_strategy="SPREAD",
     )
-    pool = tuple(
-        actor.remote(network, store.storage.uri, store.dataset.tile_size, int(cluster.cache_gib * 2**30))
-        for _ in range(count)
-    )
-    try:
-        nodes = ray.get([s.node.remote() for s in pool], timeout=cluster.wait_nodes)
-    except ray.exceptions.GetTimeoutError as error:
-        raise ResourcesError(
-            f"{count} scorers did not start within {cluster.wait_nodes:.0f} s: lower --scorers"
-        ) from error
-    cpus = {n["NodeID"]: n["Resources"].get("CPU", 1) for n in ray.nodes()}
-    for scorer, node in zip(pool, nodes, strict=True):
-        scorer.set_threads.remote(max(1, int(cpus[node] // nodes.count(node))))
-    return pool
+    side, room = store.dataset.tile_size, int(cluster.cache_gib * 2**30)
+    return tuple(actor.remote(network, store.storage.uri, side, room) for _ in range(count))
 
 
 def _trainer(experiment: Experiment, setup: Setup) -> TorchTrainer:

@@ -127,6 +127,21 @@ class Scores:
     """Node -> tiles scored there."""
 
 
+def share_threads(scorers: Sequence[ActorHandle], patience: float) -> None:
+    """Wait until the scorers are up and give each its part of its node's CPUs as torch threads.
+
+    Raises:
+        ResourcesError: not all are up within `patience` seconds.
+    """
+    try:
+        nodes = ray.get([s.node.remote() for s in scorers], timeout=patience)
+    except ray.exceptions.GetTimeoutError as error:
+        raise ResourcesError(f"{len(scorers)} scorers did not start within {patience:.0f} s: lower --scorers") from error
+    cpus = {n["NodeID"]: n["Resources"].get("CPU", 1) for n in ray.nodes()}
+    for scorer, node in zip(scorers, nodes, strict=True):
+        scorer.set_threads.remote(max(1, int(cpus[node] // nodes.count(node))))
+
+
 def score_pool(
     scorers: Sequence[ActorHandle], weights: dict[str, np.ndarray], version: str, locations: list[dict]
 ) -> Scores:

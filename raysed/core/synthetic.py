@@ -21,6 +21,8 @@ UNKNOWN, BARE, RANGE, DEVELOPED, ROAD, TREE, WATER, FARM, BUILDING = range(9)
 
 AMBIGUOUS = 0.13
 """Share of scenes that are ambiguous, in whole or in part."""
+STEP = 5.0
+"""Distance of the points of a road or a river."""
 
 
 @dataclass(frozen=True)
@@ -37,24 +39,15 @@ class Scene:
 class Kind(NamedTuple):
     """What one kind of landscape holds."""
 
-    share: float
-    """Frequency among scenes, before the region's taste."""
-    spacing: float
-    """Distance of side roads; 0 for a lone road, -1 for none."""
-    frontage: float
-    """Probability that a place beside a road is built on."""
-    footprint: tuple[float, float]
-    """Shortest and longest side of a building."""
-    rows: int
-    """Rows of buildings on each side of a road."""
-    paved: float
-    """Share of the ground between buildings that is developed."""
-    farm: float
-    """Share of the parcels that are fields."""
-    wood: float
-    """Share of the ground under closed forest."""
-    trees: float
-    """Single trees per 1000 square pixels."""
+    share: float  # frequency among scenes, before the region's taste
+    spacing: float  # distance of side roads; 0 for a lone country road
+    frontage: float  # probability that a place beside a road is built on
+    footprint: tuple[float, float]  # shortest and longest side of a building
+    rows: int  # rows of buildings on each side of a road
+    paved: float  # share of the ground between buildings that is developed
+    farm: float  # share of the parcels that are fields
+    wood: float  # share of the ground under closed forest
+    trees: float  # single trees per 1000 square pixels
 
 
 KINDS = {
@@ -83,43 +76,44 @@ COLOURS = {
 """Mean colours of each material, RGB in 0..255; a region keeps some of them and shifts them."""
 
 
-@dataclass(frozen=True)
-class Region:
+class Region(NamedTuple):
     """What the scenes of one region share."""
 
-    kinds: np.ndarray
-    """(K,) probability of each kind of `KINDS`."""
-    colours: dict[str, np.ndarray]
-    """Material to (n, 3) float RGB."""
-    shadow: np.ndarray
-    """(2,) shadow of a height of one pixel."""
-    angle: float
-    """Preferred direction of roads and parcels."""
-    haze: float
-    tint: np.ndarray
-    """(3,) gain of the sensor's channels."""
+    kinds: np.ndarray  # (K,) probability of each kind of `KINDS`
+    colours: dict[str, np.ndarray]  # material to (n, 3) RGB
+    shadow: np.ndarray  # (2,) shadow of a height of one pixel
+    angle: float  # preferred direction of roads and parcels
+    haze: float  # usual weight of the haze, 0..1
+    tint: np.ndarray  # (3,) gain of the sensor's channels
 
 
 class Road(NamedTuple):
     """One street or track."""
 
-    points: np.ndarray
-    """(n, 2) float centre line."""
+    points: np.ndarray  # (n, 2) centre line, STEP apart
     width: int
     dirt: bool
+
+
+class Site(NamedTuple):
+    """The rectangle of a building."""
+
+    centre: np.ndarray  # (2,)
+    along: np.ndarray  # (2,) unit vector, parallel to the street
+    length: float
+    depth: float
 
 
 class Surface(NamedTuple):
     """One thing on the ground.  Texture strengths are relative to its brightness."""
 
     label: int
-    colour: np.ndarray
-    """(3,) RGB."""
+    colour: np.ndarray  # (3,) RGB
     patchy: float = 0.06
     grainy: float = 0.04
     striped: float = 0.0
-    angle: float = 0.0
-    period: float = 4.0
+    angle: float = 0.0  # of the stripes
+    period: float = 4.0  # of the stripes
 
 
 class Canvas:
@@ -206,17 +200,14 @@ def direction(angle: float) -> np.ndarray:
 
 def fractal(rng: Generator, side: int, cell: float, octaves: int = 3) -> np.ndarray:
     """(side, side) float32 noise of about unit variance, its coarsest features `cell` pixels wide."""
-    field = np.zeros((side, side), np.float32)
-    for octave in range(octaves):
-        n = int(np.ceil(side * 2**octave / cell)) + 3
-        grid = rng.standard_normal((n, n), np.float32)
-        size = int(n * cell / 2**octave) + 1
-        x, y = rng.integers(0, max(size - side, 0) + 1, 2)
-        field += (
-            cv2.resize(grid, (size, size), interpolation=cv2.INTER_CUBIC)[y : y + side, x : x + side]
-            / 2**octave
-        )
-    return field * 1.15
+    coarse = int(side / cell) + 3
+    grid = rng.standard_normal((coarse, coarse), np.float32)
+    for octave in range(1, octaves):
+        grid = cv2.resize(grid, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC)
+        grid += rng.standard_normal(grid.shape, np.float32) / 2**octave
+    size = int(coarse * cell)
+    x, y = rng.integers(0, size - side + 1, 2)
+    return 1.15 * cv2.resize(grid, (size, size), interpolation=cv2.INTER_CUBIC)[y : y + side, x : x + side]
 
 
 def highest(field: np.ndarray, share: float) -> np.ndarray:
@@ -228,15 +219,19 @@ def blob(rng: Generator, centre: np.ndarray, radius: float) -> np.ndarray:
     """(32, 2) outline of a wobbly disc."""
     turn = np.linspace(0, 2 * np.pi, 32, endpoint=False)
     stretch = sum(rng.normal(0, 0.32 / k**0.7) * np.cos(k * turn + rng.uniform(0, 6.3)) for k in range(1, 7))
-    return centre + radius * (1 + np.maximum(stretch, -0.7))[:, None] * np.stack(
-        [np.cos(turn), np.sin(turn)], 1
-    )
+    rim = np.stack([np.cos(turn), np.sin(turn)], 1)
+    return centre + radius * (1 + np.maximum(stretch, -0.7))[:, None] * rim
 
 
 def rectangle(centre: np.ndarray, along: np.ndarray, length: float, depth: float) -> np.ndarray:
-    """(4, 2) corners of a rectangle whose `length` runs along a unit vector; corners 0 and 1 share a long side."""
-    u, v = along * length / 2, np.array([-along[1], along[0]]) * depth / 2
+    """(4, 2) corners of a rectangle whose `length` runs along a unit vector."""
+    u, v = along * length / 2, across(along) * depth / 2
     return centre + np.array([-u - v, u - v, u + v, v - u])
+
+
+def across(vector: np.ndarray) -> np.ndarray:
+    """(2,) vector turned by a quarter."""
+    return np.array([-vector[1], vector[0]])
 
 
 def paint_ground(canvas: Canvas, kind: Kind) -> None:
@@ -279,11 +274,11 @@ def paint_field(canvas: Canvas, corner: np.ndarray, extent: np.ndarray, angle: f
     rows = angle + rng.integers(2) * np.pi / 2
     period = rng.uniform(2.6, 7)
     crop = canvas.add(FARM, "crop", 9, patchy=0.07, grainy=0.03, striped=striped, angle=rows, period=period)
-    x, y = direction(angle), direction(angle + np.pi / 2)
     low, high = corner + rng.uniform(0.5, 3), corner + extent - rng.uniform(0.5, 3)
-    square = np.array([[low[0], low[1]], [high[0], low[1]], [high[0], high[1]], [low[0], high[1]]])
-    square += rng.normal(0, 1.5, (4, 2))
-    canvas.fill(crop, canvas.side / 2 + square[:, :1] * x + square[:, 1:] * y)
+    along = direction(angle)
+    middle = (low + high) / 2
+    centre = canvas.side / 2 + middle[0] * along + middle[1] * across(along)
+    canvas.fill(crop, rectangle(centre, along, *(high - low)) + rng.normal(0, 1.5, (4, 2)))
 
 
 def paint_water(canvas: Canvas) -> None:
@@ -306,31 +301,31 @@ def paint_water(canvas: Canvas) -> None:
 
 def walk(rng: Generator, start: np.ndarray, heading: float, side: int, bend: float) -> np.ndarray:
     """(n, 2) curve through `start` that leaves the scene at both ends."""
-    back = stroll(rng, start, heading + np.pi, side, bend, None, np.inf)
-    return np.concatenate([back[::-1], stroll(rng, start, heading, side, bend, None, np.inf)[1:]])
+    free = np.zeros((side, side), np.uint8)
+    there, back = (stroll(rng, start, heading + turn, free, bend=bend) for turn in (0, np.pi))
+    return np.concatenate([back[:0:-1], there])
 
 
 def stroll(
     rng: Generator,
     start: np.ndarray,
     heading: float,
-    side: int,
+    taken: np.ndarray,
+    *,
     bend: float,
-    taken: np.ndarray | None,
-    length: float,
+    length: float = np.inf,
 ) -> np.ndarray:
     """(n, 2) curve from `start` until it leaves the scene, has its length, or has just entered a taken pixel."""
-    point, points, step, turn = start, [start], 5.0, 0.0
-    for n in range(int(min(length, 4 * side) / step)):
+    side, points, turn = len(taken), [start], 0.0
+    for n in range(int(min(length, 4 * side) / STEP)):
         turn = 0.85 * turn + rng.normal(0, bend * 0.3)
         heading += turn
-        point = point + step * direction(heading)
-        points.append(point)
-        x, y = int(point[0]), int(point[1])
+        points.append(points[-1] + STEP * direction(heading))
+        x, y = np.floor(points[-1]).astype(int)
         if not (0 <= x < side and 0 <= y < side):
             break
-        if taken is not None and n > 3 and taken[y, x]:
-            points.append(point + step * direction(heading))
+        if n > 3 and taken[y, x]:
+            points.append(points[-1] + STEP * direction(heading))
             break
     return np.array(points)
 
@@ -339,52 +334,40 @@ def draw_roads(rng: Generator, side: int, kind: Kind, angle: float) -> list[Road
     """A connected network: a main road, side roads from it, and lanes from those that end where they meet a road."""
     if kind.spacing == 0 and rng.random() < 0.25:
         return []
-    bend = rng.choice([0.0, 0.02, 0.09])
     rural = kind.spacing == 0
+    bend = rng.choice([0.0, 0.02, 0.06]) + 0.03 * rural
     taken = np.zeros((side, side), np.uint8)
-    centre = rng.uniform(0.3, 0.7, 2) * side
     heading = angle + rng.integers(2) * np.pi / 2 + rng.normal(0, 0.1)
-    main = Road(
-        walk(rng, centre, heading, side, bend + 0.03 * rural),
-        int(rng.integers(4, 7) if rural else rng.integers(6, 11)),
-        bool(rural and rng.random() < 0.5),
-    )
-    roads, parents = [main], [main]
+    course = walk(rng, rng.uniform(0.3, 0.7, 2) * side, heading, side, bend)
+    width = rng.integers(4, 7) if rural else rng.integers(6, 11)
+    main = Road(course, int(width), bool(rural and rng.random() < 0.5))
     trace(taken, main)
-    for generation in range(2):
-        children = []
-        for parent in parents:
-            children += side_roads(rng, parent, generation, taken, kind, bend)
-        roads += children
-        parents = [] if rural else children
-    return roads
+    streets = side_roads(rng, main, kind, taken, bend=bend, lanes=False)
+    lanes = [] if rural else [side_roads(rng, s, kind, taken, bend=bend, lanes=True) for s in streets]
+    return [main, *streets, *(lane for some in lanes for lane in some)]
 
 
 def side_roads(
-    rng: Generator, parent: Road, generation: int, taken: np.ndarray, kind: Kind, bend: float
+    rng: Generator, parent: Road, kind: Kind, taken: np.ndarray, *, bend: float, lanes: bool
 ) -> list[Road]:
-    """Roads that leave a parent about every `spacing` pixels, across it; they are marked as taken."""
-    side = len(taken)
-    spacing = kind.spacing or 150
-    gap = spacing * (1.0 if generation == 0 else 1.4)
+    """Roads that leave a parent across it: streets on both sides, lanes on one; they are marked as taken."""
+    rural, spacing = kind.spacing == 0, kind.spacing or 150
+    gap = spacing * (1.4 if lanes else 1.0)
     roads = []
     at = rng.uniform(0.2, 0.9) * gap
-    while (n := int(at / 5)) < len(parent.points) - 2:
+    while (n := int(at / STEP)) < len(parent.points) - 2:
         at += gap * rng.uniform(0.75, 1.3)
-        start = parent.points[n]
-        if not (0 <= start.min() and start.max() < side):
+        start, ahead = parent.points[n], parent.points[n + 1] - parent.points[n]
+        if start.min() < 0 or start.max() >= len(taken):
             continue
-        ahead = np.arctan2(*(parent.points[n + 1] - start)[::-1])
-        for hand in (1, -1) if generation == 0 else (1,):
-            if rng.random() < 0.15 + 0.3 * (kind.spacing == 0):
+        for hand in (1,) if lanes else (1, -1):
+            if rng.random() < (0.45 if rural else 0.15):
                 continue
+            heading = np.arctan2(ahead[1], ahead[0]) + hand * np.pi / 2 + rng.normal(0, 0.05)
             length = np.inf if rng.random() < 0.8 else rng.uniform(0.5, 1.5) * spacing
-            points = stroll(
-                rng, start, ahead + hand * np.pi / 2 + rng.normal(0, 0.05), side, bend, taken, length
-            )
-            narrow = (4, 7) if generation == 0 and kind.spacing else (3, 5)
-            dirt = rng.random() < (0.6 if kind.spacing == 0 else 0.1)
-            roads.append(Road(points, int(rng.integers(*narrow)), bool(dirt)))
+            points = stroll(rng, start, heading, taken, bend=bend, length=length)
+            width = rng.integers(3, 5) if lanes or rural else rng.integers(4, 7)
+            roads.append(Road(points, int(width), bool(rng.random() < (0.6 if rural else 0.1))))
     for road in roads:
         trace(taken, road)
     return roads
@@ -407,15 +390,14 @@ def paint_built(canvas: Canvas, kind: Kind, roads: list[Road]) -> None:
             trace(near, road, extra=int(2.2 * kind.footprint[1]) + 12)
         ground = highest(fractal(rng, side, 40), kind.paved) & (near > 0)
         canvas.top[ground & (canvas.labels() != WATER)] = paved
-    for centre, along, length, depth in sites:
+    for site in sites:
         if rng.random() < 0.25 + 0.6 * kind.paved:
             lot = canvas.add(DEVELOPED, rng.choice(["paved", "paved", "asphalt", "soil"]), grainy=0.06)
-            canvas.fill(
-                lot, rectangle(centre, along, length + rng.uniform(3, 12), depth + rng.uniform(4, 14))
-            )
+            yard = rng.uniform((3, 4), (12, 14))
+            canvas.fill(lot, rectangle(*site[:2], site.length + yard[0], site.depth + yard[1]))
     paint_roads(canvas, kind, roads)
     for site in sites:
-        paint_building(canvas, *site)
+        paint_building(canvas, site)
 
 
 def paint_roads(canvas: Canvas, kind: Kind, roads: list[Road]) -> None:
@@ -437,50 +419,46 @@ def paint_roads(canvas: Canvas, kind: Kind, roads: list[Road]) -> None:
                 cv2.circle(canvas.top, (point + rng.uniform(-2, 2, 2)).astype(int).tolist(), 1, car, -1)
 
 
-Site = tuple[np.ndarray, np.ndarray, float, float]
-"""Centre (2,), unit vector along the street (2,), length, depth."""
-
-
 def building_sites(canvas: Canvas, kind: Kind, roads: list[Road]) -> list[Site]:
     """Places for buildings along both sides of the roads, clear of roads, water and one another."""
-    rng, side = canvas.rng, canvas.side
+    rng, sites = canvas.rng, []
     taken = (canvas.labels() == WATER).astype(np.uint8)
     for road in roads:
         trace(taken, road, extra=3)
-    grid = np.stack(np.meshgrid([-0.5, -0.25, 0, 0.25, 0.5], [-0.5, -0.25, 0, 0.25, 0.5]), -1).reshape(-1, 2)
-    sites: list[Site] = []
     for road in roads:
         for hand in (1, -1):
             at = rng.uniform(0, 12)
-            while (n := int(at / 5)) < len(road.points) - 1:
-                size = rng.uniform(*kind.footprint, 2)
-                at += size[0] + rng.uniform(1.5, 6)
-                along = road.points[n + 1] - road.points[n]
-                along = along / np.hypot(*along)
-                out = hand * np.array([-along[1], along[0]])
-                edge = road.width / 2 + rng.uniform(2, 5)
+            while (n := int(at / STEP)) < len(road.points) - 1:
+                along = (road.points[n + 1] - road.points[n]) / STEP
+                length, depth = rng.uniform(*kind.footprint, 2)
+                corner = road.points[n] + hand * across(along) * (road.width / 2 + rng.uniform(2, 5))
+                at += length + rng.uniform(1.5, 6)
                 for _ in range(kind.rows):
-                    if rng.random() > kind.frontage:
-                        continue
-                    for scale in (1.0, 0.7, 0.5):
-                        length, depth = scale * size
-                        centre = road.points[n] + along * size[0] / 2 + out * (edge + depth / 2)
-                        spots = centre + grid @ np.array([along * (length + 2), out * (depth + 2)])
-                        x, y = spots.astype(int).clip(0, side - 1).T
-                        if not taken[y, x].any():
-                            sites.append((centre, along, length, depth))
-                            corners = rectangle(centre, along, length, depth).round().astype(np.int32)
-                            cv2.fillPoly(taken, [corners], 1)
-                            break
-                    edge += size[1] + rng.uniform(2, 6)
+                    if rng.random() < kind.frontage:
+                        sites += place(taken, corner, along, hand, (length, depth))
+                    corner = corner + hand * across(along) * (depth + rng.uniform(2, 6))
     return sites
 
 
-def paint_building(
-    canvas: Canvas, centre: np.ndarray, along: np.ndarray, length: float, depth: float
-) -> None:
-    """A flat, gabled or L-shaped roof and its shadow."""
-    rng = canvas.rng
+def place(
+    taken: np.ndarray, corner: np.ndarray, along: np.ndarray, hand: int, size: tuple[float, float]
+) -> list[Site]:
+    """The largest building that fits at a corner of its lot, marked as taken; none where none fits."""
+    steps = np.linspace(-0.5, 0.5, int(max(size) / 6) + 3)
+    grid = np.stack(np.meshgrid(steps, steps), -1).reshape(-1, 2)
+    for length, depth in np.outer((1.0, 0.7, 0.5), size).tolist():
+        centre = corner + along * size[0] / 2 + hand * across(along) * depth / 2
+        spots = centre + grid @ np.array([along * (length + 2), across(along) * (depth + 2)])
+        x, y = spots.astype(int).clip(0, len(taken) - 1).T
+        if not taken[y, x].any():
+            cv2.fillPoly(taken, [rectangle(centre, along, length, depth).round().astype(np.int32)], 1)
+            return [Site(centre, along, length, depth)]
+    return []
+
+
+def paint_building(canvas: Canvas, site: Site) -> None:
+    """A flat or gabled roof, sometimes with something on it, and its shadow."""
+    rng, (centre, along, length, depth) = canvas.rng, site
     base = rectangle(centre, along, length, depth)
     height = rng.uniform(4, 9) + 0.12 * min(length, depth) * rng.random() * 3
     hull = cv2.convexHull(np.concatenate([base, base + canvas.region.shadow * height]).astype(np.float32))
@@ -489,10 +467,10 @@ def paint_building(
     canvas.fill(roof, base)
     shape, surface = rng.random(), canvas.surfaces[roof]
     if shape < 0.6 and depth < 24:
-        across = np.array([-along[1], along[0]])
-        slope = 1 - 0.18 * float(np.sign(across @ canvas.region.shadow)) * rng.uniform(0.5, 1.2)
+        uphill = across(along)
+        slope = 1 - 0.18 * float(np.sign(uphill @ canvas.region.shadow)) * rng.uniform(0.5, 1.2)
         half = canvas.add_like(surface._replace(colour=surface.colour * slope))
-        canvas.fill(half, rectangle(centre + across * depth / 4, along, length, depth / 2))
+        canvas.fill(half, rectangle(centre + uphill * depth / 4, along, length, depth / 2))
     elif shape < 0.85:
         for _ in range(int(rng.integers(1, 4))):
             spot = centre + rectangle(np.zeros(2), along, length, depth)[rng.integers(4)] * rng.uniform(
@@ -530,26 +508,22 @@ def paint_trees(canvas: Canvas, kind: Kind, roads: list[Road]) -> None:
 def paint_crowns(canvas: Canvas, leaves: list[int], spots: np.ndarray, size: float) -> None:
     """Round crowns, bright towards the sun, each with its shadow."""
     rng = canvas.rng
-    shades = [
-        tuple(
-            canvas.add_like(canvas.surfaces[n]._replace(colour=canvas.surfaces[n].colour * f))
-            for f in (d, 1.3 * d)
-        )
-        for n in leaves
-        for d in (0.8, 0.95, 1.1)
-    ]
+    shades = []
+    for leaf in (canvas.surfaces[n] for n in leaves):
+        for dark in (0.8, 0.95, 1.1):
+            shades.append(
+                [canvas.add_like(leaf._replace(colour=leaf.colour * f)) for f in (dark, 1.3 * dark)]
+            )
     radii = size * rng.uniform(0.6, 1.5, len(spots))
-    shade = rng.integers(len(shades), size=len(spots))
-    towards = -canvas.region.shadow / np.hypot(*canvas.region.shadow)
-    caps = (spots + 0.35 * radii[:, None] * towards).round().astype(int).tolist()
-    casts = (spots + 1.2 * radii[:, None] * canvas.region.shadow).round().astype(int).tolist()
-    rounds, caps_r = radii.round().astype(int).tolist(), (0.55 * radii).round().astype(int).tolist()
-    for centre, cap, cast, r, c, s in zip(
-        spots.round().astype(int).tolist(), caps, casts, rounds, caps_r, shade.tolist(), strict=True
-    ):
-        cv2.circle(canvas.shadow, cast, r, 1, -1)
-        cv2.circle(canvas.top, centre, r, shades[s][0], -1)
-        cv2.circle(canvas.top, cap, c, shades[s][1], -1)
+    shade = [shades[n] for n in rng.integers(len(shades), size=len(spots))]
+    sunward = -canvas.region.shadow / np.hypot(*canvas.region.shadow)
+    caps = spots + 0.35 * radii[:, None] * sunward
+    casts = spots + 1.2 * radii[:, None] * canvas.region.shadow
+    rows = np.column_stack([spots, caps, casts, radii, 0.55 * radii]).round().astype(int).tolist()
+    for (x, y, cap_x, cap_y, cast_x, cast_y, radius, cap), (dark, bright) in zip(rows, shade, strict=True):
+        cv2.circle(canvas.shadow, (cast_x, cast_y), radius, 1, -1)
+        cv2.circle(canvas.top, (x, y), radius, dark, -1)
+        cv2.circle(canvas.top, (cap_x, cap_y), cap, bright, -1)
 
 
 def photograph(canvas: Canvas) -> np.ndarray:
@@ -575,22 +549,18 @@ def expose(rng: Generator, image: np.ndarray, region: Region) -> np.ndarray:
     """(side, side, 3) uint8: the scene through uneven light, cloud shadow, haze, optics and noise."""
     side = len(image)
     ramp = np.linspace(-1, 1, side, dtype=np.float32)
-    slope = rng.normal(0, 0.06, 2)
-    light = 1 + slope[0] * ramp[:, None] + slope[1] * ramp
+    slope_x, slope_y = rng.normal(0, 0.06, 2).tolist()
+    light = 1 + slope_x * ramp + slope_y * ramp[:, None]
     if rng.random() < 0.1:
         light *= 1 - 0.45 * np.clip(fractal(rng, side, 160, 2) + 0.2, 0, 1)
-    image = image * (
-        light[..., None]
-        * (region.tint * rng.normal(1, 0.06, 3) * np.exp(min(rng.normal(-0.02, 0.2), 0.25))).astype(
-            np.float32
-        )
-    )
+    gain = region.tint * rng.normal(1, 0.06, 3) * np.exp(min(rng.normal(-0.02, 0.2), 0.25))
+    image = image * (light[..., None] * gain.astype(np.float32))
     if rng.random() < AMBIGUOUS:
         image = obscure(rng, image)
     haze = min(0.45, region.haze * rng.uniform(0.3, 1.5))
     image = image * (1 - haze) + haze * np.array([188, 196, 206], np.float32)
     image = cv2.GaussianBlur(image, (5, 5), rng.uniform(0.45, 0.95))
-    image += rng.uniform(1.5, 5.5) * rng.standard_normal(image.shape, np.float32)
+    image = image + rng.uniform(1.5, 5.5) * rng.standard_normal(image.shape, np.float32)
     return image.clip(0, 255).astype(np.uint8)
 
 
@@ -607,8 +577,9 @@ def obscure(rng: Generator, image: np.ndarray) -> np.ndarray:
     else:
         worse = 0.35 * image + 0.65 * (smooth * 0.5 + image.mean((0, 1)) * 0.5)
         worse *= 1 + 0.08 * fractal(rng, side, 5, 2)[..., None]
-    whole = rng.random() < 0.5
-    weight = np.float32(1.0) if whole else np.clip(0.5 + 2 * fractal(rng, side, 140, 2), 0, 1)[..., None]
+    if rng.random() < 0.5:
+        return worse
+    weight = np.clip(0.5 + 2 * fractal(rng, side, 140, 2), 0, 1)[..., None]
     return image + weight * (worse - image)
 
 
@@ -617,6 +588,6 @@ def blacken_corner(rng: Generator, image: np.ndarray, label: np.ndarray) -> None
     side = len(label)
     corner = rng.integers(2, size=2) * (side - 1)
     legs = rng.uniform(0.3, 0.9, 2) * side * np.where(corner > 0, -1, 1)
-    triangle = np.array([corner, corner + [legs[0], 0], corner + [0, legs[1]]]).round().astype(np.int32)
+    triangle = (corner + legs * [[0, 0], [1, 0], [0, 1]]).round().astype(np.int32)
     cv2.fillPoly(image, [triangle], (0, 0, 0))
     cv2.fillPoly(label, [triangle], UNKNOWN)

@@ -1,0 +1,140 @@
+"""The stream, the scorers and the loop on a real local Ray."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from raysed.cluster.scoring import BATCH, Network, Scorer, score_pool
+from raysed.cluster.stream import Stream
+from raysed.config import AugmentConfig
+from raysed.core.augment import augment, to_uint8
+from raysed.core.networks import build
+from raysed.core.plan import plan
+from raysed.core.randomness import keyed_rng
+from raysed.core.step import to_device
+from raysed.core.uncertainty import tile_scores
+from raysed.io.store import Store, read_tiles
+
+pytestmark = pytest.mark.ray
+LIMITS = AugmentConfig()
+
+
+def stream(store: Store, wanted: list[tuple[int, str]], chunk: int) -> Stream:
+    return Stream(store, wanted, chunk=chunk, reader_cpus=0.25, keys=(3, 5), limits=LIMITS)
+
+
+def expected(store: Store, tile_id: str) -> tuple[np.ndarray, np.ndarray]:
+    tile = read_tiles(store.storage, store.locations([tile_id]), store.dataset.tile_size)[0]
+    pixels, label = augment(tile.image, tile.label, keyed_rng("augment", 3, 5, tile_id))
+    return to_uint8(pixels), label
+
+
+@pytest.mark.parametrize(("workers", "chunk"), [(1, 256), (2, 20), (3, 7)])
+def test_stream_is_exact_for_any_worker_count_and_chunk(ray_session, small_store, workers, chunk):
+    store = Store.open(small_store)
+    ids = store.split("train")["tile_id"].to_pylist()[:37]  # divides by none of the worker counts
+    order = plan(ids, 0, 1, 12, 4)
+    seen = {}
+    for rank in range(workers):
+        source = stream(store, [(p, order.order[p]) for p in order.share(rank, workers)], chunk)
+        for step in range(order.steps):
+            for _, positions in order.micro_batches(step, rank, workers):
+                for row in source.take(positions):
+                    assert row.position not in seen
+                    seen[row.position] = row
+        source.close()
+        assert not source.bad
+        assert source.nodes.total() == len(order.share(rank, workers))
+    assert [seen[p].tile_id for p in range(37)] == list(order.order)
+    for row in list(seen.values())[::5]:
+        image, label = expected(store, row.tile_id)
+        assert np.array_equal(row.image, image)
+        assert np.array_equal(row.label, label)
+
+
+def test_a_bad_tile_is_black_and_void_and_reported(ray_session, damaged_store):
+    uri, victim = damaged_store
+    store = Store.open(uri)
+    ids = [t for t in store.split("train")["tile_id"].to_pylist() if t != victim][:5]
+    source = stream(store, list(enumerate([*ids, victim])), 256)
+    rows = source.take(range(6))
+    source.close()
+    assert [b.tile_id for b in source.bad] == [victim]
+    assert rows[5].image.max() == 0
+    assert rows[5].label.max() == 0
+    assert rows[4].label.max() > 0
+
+
+@pytest.fixture(scope="module")
+def pool(ray_session, small_store):
+    class MortalScorer(Scorer):
+        """Dies once, while it holds its second chunk of the weights `deadly`."""
+
+        def score(self, weights, version, locations):
+            self.calls = getattr(self, "calls", 0) + (version == "deadly")
+            marker = Path(self.storage.uri, "died")
+            if self.calls == 2 and not marker.exists():
+                marker.touch()
+                os._exit(9)
+            return super().score(weights, version, locations)
+
+    network = Network("unet:resnet18", 8, "fp32", "cpu")
+    actor = ray.remote(MortalScorer).options(num_cpus=0.1, max_restarts=-1)
+    side = Store.open(small_store).dataset.tile_size
+    made = [actor.remote(network, small_store, side, 1 << 30) for _ in range(2)]
+    ray.get([s.set_threads.remote(1) for s in made])
+    yield made
+    for s in made:
+        ray.kill(s)
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return {n: t.numpy() for n, t in build("unet:resnet18", 8, 4).state_dict().items()}
+
+
+def test_scores_of_the_pool_equal_a_plain_loop_though_a_scorer_dies(pool, weights, small_store):
+    store = Store.open(small_store)
+    ids = sorted(store.index["tile_id"].to_pylist())
+    calm = score_pool(pool, weights, "v1", store.locations(ids[::-1]))
+    assert calm.table["tile_id"].to_pylist() == ids
+    assert sum(calm.nodes.values()) == len(ids)
+
+    net = build("unet:resnet18", 8, 4).to(memory_format=torch.channels_last).eval()
+    plain = []
+    with torch.inference_mode():
+        for i in range(0, len(ids), BATCH):
+            tiles = read_tiles(store.storage, store.locations(ids[i : i + BATCH]), store.dataset.tile_size)
+            x, _ = to_device(
+                np.stack([t.image for t in tiles]), np.zeros((0,), np.uint8), torch.device("cpu")
+            )
+            plain.append(tile_scores(net(x)).numpy())
+    plain = np.concatenate(plain)
+    assert calm.table["entropy"].to_numpy() == pytest.approx(plain[:, 0], rel=1e-5)
+    assert np.stack(calm.table["mass"].to_pylist()) == pytest.approx(plain[:, 2:], rel=1e-3, abs=1e-6)
+
+    faulted = score_pool(pool, weights, "deadly", store.locations(ids))
+    assert Path(small_store, "died").exists()
+    assert faulted.table == calm.table
+    assert (
+        score_pool(pool, weights, "v3", store.locations(ids)).table == calm.table
+    )  # the dead one is back or left out
+
+
+def test_a_bad_tile_is_left_out_of_the_scores_and_named(ray_session, weights, damaged_store):
+    uri, victim = damaged_store
+    store = Store.open(uri)
+    scorer = (
+        ray.remote(Scorer)
+        .options(num_cpus=0.1)
+        .remote(Network("unet:resnet18", 8, "fp32", "cpu"), uri, store.dataset.tile_size, 1 << 30)
+    )
+    scores = score_pool([scorer], weights, "v1", store.locations(store.index["tile_id"].to_pylist()[:40]))
+    ray.kill(scorer)
+    assert [b.tile_id for b in scores.bad] == [victim]
+    assert len(scores.table) == 39
+    assert victim not in scores.table["tile_id"].to_pylist()
