@@ -134,9 +134,11 @@ def share_threads(scorers: Sequence[ActorHandle], patience: float) -> None:
         ResourcesError: not all are up within `patience` seconds.
     """
     try:
-        nodes = ray.get([s.node.remote() for s in scorers], timeout=patience)
+        nodes: list[str] = ray.get([s.node.remote() for s in scorers], timeout=patience)
     except ray.exceptions.GetTimeoutError as error:
-        raise ResourcesError(f"{len(scorers)} scorers did not start within {patience:.0f} s: lower --scorers") from error
+        raise ResourcesError(
+            f"{len(scorers)} scorers did not start within {patience:.0f} s: lower --scorers"
+        ) from error
     cpus = {n["NodeID"]: n["Resources"].get("CPU", 1) for n in ray.nodes()}
     for scorer, node in zip(scorers, nodes, strict=True):
         scorer.set_threads.remote(max(1, int(cpus[node] // nodes.count(node))))

@@ -51,12 +51,12 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "city": Kind(0.22, 86, 1.0, (13, 31), 3, 0.88, 0.0, 0.00, 1.6),
+    "city": Kind(0.24, 86, 1.0, (13, 31), 3, 0.88, 0.0, 0.00, 1.6),
     "suburb": Kind(0.21, 76, 1.0, (11, 20), 2, 0.42, 0.0, 0.05, 3.4),
     "works": Kind(0.13, 140, 1.0, (24, 66), 3, 0.8, 0.0, 0.04, 0.7),
     "village": Kind(0.13, 140, 0.8, (10, 19), 1, 0.25, 0.5, 0.12, 1.6),
     "fields": Kind(0.13, 0, 0.06, (8, 20), 1, 0.05, 0.9, 0.06, 0.3),
-    "forest": Kind(0.11, 0, 0.02, (7, 12), 1, 0.0, 0.08, 0.7, 0.6),
+    "forest": Kind(0.10, 0, 0.02, (7, 12), 1, 0.0, 0.08, 0.7, 0.6),
     "open": Kind(0.12, 0, 0.05, (7, 14), 1, 0.05, 0.1, 0.12, 1.0),
 }
 
@@ -66,8 +66,8 @@ COLOURS = {
     "crop": [(90, 120, 58), (128, 140, 76), (164, 150, 100), (146, 122, 90), (70, 100, 52), (184, 168, 114)],
     "soil": [(162, 136, 104), (178, 154, 120), (152, 116, 88), (172, 158, 134), (140, 126, 106)],
     "paved": [(150, 148, 144), (170, 166, 158), (128, 126, 126), (142, 130, 114), (114, 114, 114)],
-    "asphalt": [(112, 112, 114), (134, 132, 130), (104, 104, 106), (154, 150, 146), (172, 166, 156)],
-    "water": [(50, 66, 54), (66, 86, 72), (104, 100, 74), (44, 58, 56), (92, 106, 104), (124, 122, 112)],
+    "asphalt": [(112, 112, 114), (134, 132, 130), (104, 104, 106), (146, 144, 140)],
+    "water": [(50, 66, 54), (66, 86, 72), (104, 100, 74), (44, 58, 56), (84, 104, 106)],
     "roof": [
         (158, 108, 84), (136, 96, 78), (128, 128, 132), (98, 98, 102), (196, 192, 188), (150, 134, 112),
         (172, 156, 132), (116, 126, 142), (120, 112, 104), (92, 106, 86), (142, 142, 140),
@@ -175,7 +175,7 @@ def scene(seed: int, number: int, side: int = 256, regions: int = 12) -> Scene:
 def draw_region(seed: int, region: int) -> Region:
     """Palette, mix of landscapes, sun and sensor of a region."""
     rng = keyed_rng("region", seed, region)
-    shares = np.array([k.share for k in KINDS.values()]) * rng.gamma(3.0, 1 / 3.0, len(KINDS))
+    shares = np.array([k.share for k in KINDS.values()]) * rng.gamma(5.0, 1 / 5.0, len(KINDS))
     season = rng.uniform(-1, 1) * np.array([22, 8, -6])
     colours = {}
     for material, means in COLOURS.items():
@@ -203,8 +203,8 @@ def fractal(rng: Generator, side: int, cell: float, octaves: int = 3) -> np.ndar
     coarse = int(side / cell) + 3
     grid = rng.standard_normal((coarse, coarse), np.float32)
     for octave in range(1, octaves):
-        grid = cv2.resize(grid, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC)
-        grid += rng.standard_normal(grid.shape, np.float32) / 2**octave
+        finer = cv2.resize(grid, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC)
+        grid = np.add(finer, rng.standard_normal(finer.shape, np.float32) / 2**octave)
     size = int(coarse * cell)
     x, y = rng.integers(0, size - side + 1, 2)
     return 1.15 * cv2.resize(grid, (size, size), interpolation=cv2.INTER_CUBIC)[y : y + side, x : x + side]
@@ -246,9 +246,9 @@ def paint_ground(canvas: Canvas, kind: Kind) -> None:
         for corner, size in parcels(rng, side, rng.uniform(50, 110)):
             if rng.random() < kind.farm:
                 paint_field(canvas, corner, size, angle)
-    for _ in range(rng.poisson(2.0 * (side / 256) ** 2)):
+    for _ in range(rng.poisson(2.4 * (side / 256) ** 2)):
         bare = canvas.add(BARE, "soil", patchy=0.12, grainy=0.06)
-        canvas.fill(bare, blob(rng, rng.uniform(0, side, 2), rng.uniform(6, 34)))
+        canvas.fill(bare, blob(rng, rng.uniform(0, side, 2), rng.uniform(7, 32)))
 
 
 def parcels(rng: Generator, side: int, size: float) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -315,15 +315,17 @@ def stroll(
     bend: float,
     length: float = np.inf,
 ) -> np.ndarray:
-    """(n, 2) curve from `start` until it leaves the scene, has its length, or has just entered a taken pixel."""
+    """(n, 2) curve from `start` until it has left the scene, has its length, or has just entered a taken pixel."""
     side, points, turn = len(taken), [start], 0.0
     for n in range(int(min(length, 4 * side) / STEP)):
         turn = 0.85 * turn + rng.normal(0, bend * 0.3)
         heading += turn
         points.append(points[-1] + STEP * direction(heading))
-        x, y = np.floor(points[-1]).astype(int)
-        if not (0 <= x < side and 0 <= y < side):
+        if np.abs(points[-1] - side / 2).max() >= side / 2:
+            outwards = np.arctan2(*(points[-1] - side / 2)[::-1])
+            points.append(points[-1] + 2 * STEP * direction(outwards))
             break
+        x, y = points[-1].astype(int)
         if n > 3 and taken[y, x]:
             points.append(points[-1] + STEP * direction(heading))
             break
@@ -422,6 +424,8 @@ def paint_roads(canvas: Canvas, kind: Kind, roads: list[Road]) -> None:
 def building_sites(canvas: Canvas, kind: Kind, roads: list[Road]) -> list[Site]:
     """Places for buildings along both sides of the roads, clear of roads, water and one another."""
     rng, sites = canvas.rng, []
+    steps = np.linspace(-0.5, 0.5, int(kind.footprint[1] / 6) + 3)
+    grid = np.stack(np.meshgrid(steps, steps), -1).reshape(-1, 2)
     taken = (canvas.labels() == WATER).astype(np.uint8)
     for road in roads:
         trace(taken, road, extra=3)
@@ -430,29 +434,36 @@ def building_sites(canvas: Canvas, kind: Kind, roads: list[Road]) -> list[Site]:
             at = rng.uniform(0, 12)
             while (n := int(at / STEP)) < len(road.points) - 1:
                 along = (road.points[n + 1] - road.points[n]) / STEP
+                out = hand * across(along)
                 length, depth = rng.uniform(*kind.footprint, 2)
-                corner = road.points[n] + hand * across(along) * (road.width / 2 + rng.uniform(2, 5))
+                corner = road.points[n] + out * (road.width / 2 + rng.uniform(2, 5))
                 at += length + rng.uniform(1.5, 6)
                 for _ in range(kind.rows):
-                    if rng.random() < kind.frontage:
-                        sites += place(taken, corner, along, hand, (length, depth))
-                    corner = corner + hand * across(along) * (depth + rng.uniform(2, 6))
+                    inside = corner.min() > -depth and corner.max() < len(taken) + depth
+                    if inside and rng.random() < kind.frontage:
+                        sites += place(taken, corner, np.array([along * length, out * depth]), grid)
+                    corner = corner + out * (depth + rng.uniform(2, 6))
     return sites
 
 
-def place(
-    taken: np.ndarray, corner: np.ndarray, along: np.ndarray, hand: int, size: tuple[float, float]
-) -> list[Site]:
-    """The largest building that fits at a corner of its lot, marked as taken; none where none fits."""
-    steps = np.linspace(-0.5, 0.5, int(max(size) / 6) + 3)
-    grid = np.stack(np.meshgrid(steps, steps), -1).reshape(-1, 2)
-    for length, depth in np.outer((1.0, 0.7, 0.5), size).tolist():
-        centre = corner + along * size[0] / 2 + hand * across(along) * depth / 2
-        spots = centre + grid @ np.array([along * (length + 2), across(along) * (depth + 2)])
-        x, y = spots.astype(int).clip(0, len(taken) - 1).T
+def place(taken: np.ndarray, corner: np.ndarray, sides: np.ndarray, grid: np.ndarray) -> list[Site]:
+    """The largest building that fits at the corner of a lot, marked as taken; none where none fits.
+
+    Args:
+        taken: (side, side) uint8, changed in place.
+        corner: (2,) nearest the street.
+        sides: (2, 2) the lot's side along the street, and the one away from it.
+        grid: (n, 2) in [-0.5, 0.5], spots of the unit square to look at.
+    """
+    length, depth = np.hypot(*sides.T).tolist()
+    along = sides[0] / length
+    for scale in (1.0, 0.7, 0.5):
+        centre = corner + sides[0] / 2 + sides[1] * (scale / 2)
+        x, y = (centre + (grid * (scale + 2 / depth)) @ sides).astype(int).clip(0, len(taken) - 1).T
         if not taken[y, x].any():
-            cv2.fillPoly(taken, [rectangle(centre, along, length, depth).round().astype(np.int32)], 1)
-            return [Site(centre, along, length, depth)]
+            site = Site(centre, along, scale * length, scale * depth)
+            cv2.fillPoly(taken, [rectangle(*site).round().astype(np.int32)], 1)
+            return [site]
     return []
 
 
@@ -486,7 +497,7 @@ def paint_trees(canvas: Canvas, kind: Kind, roads: list[Road]) -> None:
     below, labels = canvas.top.copy(), canvas.labels()
     core = np.zeros((side, side), np.uint8)
     for road in roads:
-        trace(core, road, shrink=0.6)
+        trace(core, road, shrink=0.8)
     leaves = [canvas.add(TREE, "tree", 5, patchy=0.1, grainy=0.12) for _ in range(3)]
     size = rng.uniform(2.4, 4.6)
     closed = highest(fractal(rng, side, 70, 4), kind.wood * rng.uniform(0.6, 1.35))

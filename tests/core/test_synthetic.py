@@ -75,7 +75,8 @@ def test_buildings_stand_along_roads(world):
 def test_buildings_cast_shadows_away_from_the_sun(world):
     """The darker side of the buildings is the same all over a region's scenes."""
     for region in range(3):
-        sides = [darker_side(s.image, s.label == BUILDING) for s in world[region::12]]
+        built = [s for s in world[region::12] if (s.label == BUILDING).any()]
+        sides = [darker_side(s.image, s.label == BUILDING) for s in built]
         strength = np.hypot(*np.sum(sides, 0)) / np.sum(np.hypot(*np.transpose(sides)))
         assert strength > 0.8
 

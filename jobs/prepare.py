@@ -1,0 +1,80 @@
+"""Cut images into a tile store that the other jobs train on.
+
+    python jobs/prepare.py --source OpenEarthMap_wo_xBD --target s3://bucket/tiles
+    python jobs/prepare.py --source imagery --target data/tiles --tile 256
+    python jobs/prepare.py --source synthetic --target data/world --scenes 400 --tile 128
+
+SOURCE is a folder in OpenEarthMap's layout (resized to 512 and cut to 256 as in the paper), a plain folder with images/,
+labels/, classes.json, train.txt and val.txt, or a folder of images without labels.  The same command again continues a store
+that was interrupted, and does nothing to a finished one.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+
+from raysed.cli import Parser, main
+from raysed.cluster.prepare import Settings, prepare, synthetic
+from raysed.errors import UsageError
+from raysed.io.sources import find
+from raysed.io.storage import Storage
+
+
+def job(argv: Sequence[str]) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--source", required=True, help="folder or s3:// prefix of the images, or `synthetic`"
+    )
+    parser.add_argument("--target", required=True, help="tile store to make: a folder or s3:// prefix")
+    parser.add_argument(
+        "--resize",
+        help="side every source is resized to, pixels, or none (default: 512 for OpenEarthMap's layout)",
+    )
+    parser.add_argument(
+        "--tile", type=int, default=256, help="side of the windows cut, pixels (default: 256)"
+    )
+    parser.add_argument(
+        "--store", type=int, help="side of the tiles stored, pixels (default: that of --tile)"
+    )
+    parser.add_argument("--classes", metavar="FILE", help="classes.json to use instead of the source's own")
+    parser.add_argument(
+        "--scenes", type=int, default=200, help="scenes of the synthetic world, 256 px each (default: 200)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the synthetic world (default: 0)")
+    parser.add_argument(
+        "--bad-budget", type=float, default=0.01, help="share of sources that may be unusable (default: 0.01)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as one JSON line on standard output"
+    )
+    args = parser.parse(argv)
+    if args.source == "synthetic":
+        root, layout = None, synthetic(args.scenes)
+    else:
+        root = Storage(args.source)
+        layout = find(root, args.classes)
+    settings = Settings(
+        resize=_resize(args.resize, layout.kind), tile=args.tile, store=args.store, seed=args.seed
+    )
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
+
+    result = prepare(root, layout, args.target, settings, bad_budget=args.bad_budget, say=say)
+    if args.json:
+        print(json.dumps(result))
+
+
+def _resize(text: str | None, kind: str) -> int | None:
+    if text is None:
+        return 512 if kind == "openearthmap" else None
+    if text == "none":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"--resize must be a number of pixels or none, got {text!r}") from None
+
+
+if __name__ == "__main__":
+    main(job)

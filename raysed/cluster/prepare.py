@@ -1,0 +1,437 @@
+"""Images to tile store with Ray Data: plan, cut, pack.
+
+INPUT: a layout of sources.  FAN-OUT: one task a shard, each reading its sources, writing the shard and, as its commit, its piece
+of the index; a shard whose piece exists is not made again.  OUTPUT: a finished tile store.
+"""
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray.data
+
+from raysed.cluster.connect import connect
+from raysed.core import tiles
+from raysed.core.tiles import OPENEARTHMAP
+from raysed.errors import DataError, RaysedError, UsageError
+from raysed.io import codec, sources, store
+from raysed.io.sources import BadSource, Layout, Raster, Source
+from raysed.io.storage import Storage
+from raysed.io.store import BadTile
+
+TILES_A_SHARD = 128
+TASK_CPUS = 0.5
+SCENE_SIDE = 256
+"""Side of a synthetic scene, pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What determines a store besides its sources."""
+
+    resize: int | None = None
+    """Side that every source is resized to, pixels; None leaves it."""
+    tile: int = 256
+    """Side of the windows cut, pixels of the (resized) source."""
+    store: int | None = None
+    """Side of the tiles stored; None means `tile`."""
+    seed: int = 0
+    """Of the synthetic world."""
+
+    def __post_init__(self) -> None:
+        for name in ("resize", "tile", "store"):
+            value = getattr(self, name)
+            if value is not None and not 16 <= value <= 4096:
+                raise UsageError(f"{name} must lie in 16..4096 pixels, got {value}")
+        if self.resize and self.resize < self.tile:
+            raise UsageError(f"resize {self.resize} is smaller than tile {self.tile}: no tile would fit")
+
+    @property
+    def side(self) -> int:
+        """Side of a stored tile."""
+        return self.store or self.tile
+
+
+@dataclass(frozen=True)
+class Work:
+    """Windows first..last (exclusive) of one source, counted row by row over its grid."""
+
+    source: Source
+    rows: int
+    cols: int
+    first: int
+    last: int
+
+
+def pack(grids: Sequence[tuple[Source, int, int]], limit: int = TILES_A_SHARD) -> list[list[Work]]:
+    """Shards of about `limit` tiles from (source, rows, cols) in order of name: whole sources where they fit."""
+    shards: list[list[Work]] = []
+    room = 0
+    for source, rows, cols in grids:
+        count = rows * cols
+        if count > room and count <= limit:
+            room = 0
+        first = 0
+        while first < count:
+            if not room:
+                shards.append([])
+                room = limit
+            last = min(count, first + room)
+            shards[-1].append(Work(source, rows, cols, first, last))
+            room -= last - first
+            first = last
+    return shards
+
+
+def synthetic(scenes: int) -> Layout:
+    """The synthetic world as a layout: every fifth scene is validation."""
+    from raysed.core.synthetic import scene
+
+    names = [(n, scene(0, n, side=16).region) for n in range(scenes)]
+    made = [
+        Source(f"{region}_{n}", region, "val" if n % 5 == 4 else "train", f"scene/{n}", f"scene/{n}", 1)
+        for n, region in names
+    ]
+    return Layout("synthetic", "synthetic", OPENEARTHMAP, (0,), tuple(sorted(made, key=lambda s: s.name)))
+
+
+def prepare_synthetic(target: str, *, scenes: int, tile: int, say: Callable[[str], None]) -> None:
+    """The synthetic store, made once."""
+    prepare(None, synthetic(scenes), target, Settings(tile=tile), say=say)
+
+
+def prepare(
+    root: Storage | None,
+    layout: Layout,
+    target: str,
+    settings: Settings,
+    *,
+    bad_budget: float = 0.01,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Make the store of a layout, or finish one begun.
+
+    Args:
+        root: of the sources; None for the synthetic world.
+        layout: what is there.
+        target: URI of the store.
+        settings: sizes.
+        bad_budget: share of the sources that may be unusable.
+        say: prints a line.
+
+    Returns:
+        tiles a split, quarantined sources, content hash, bytes of the shards, pixels dropped as remainders.
+
+    Raises:
+        UsageError: the target holds a store of other input or settings.
+        DataError: more unusable sources than the budget allows.
+    """
+    storage = Storage(target)
+    planned = _agree(storage, root, layout, settings)
+    if storage.exists("dataset.json"):
+        result = json.loads(storage.read("result.json"))
+        say(f"{storage.uri} is finished already: {_text(result)}")
+        return result
+    connect()
+    grids, bad, dropped = _grids(root, layout, settings)
+    shards = pack(grids)
+    done = {p for p in storage.list("pieces") if p.endswith(".parquet")} if planned else set()
+    items = [
+        {"part": k, "work": json.dumps([asdict(w) for w in works])}
+        for k, works in enumerate(shards)
+        if _piece(k) not in done
+    ]
+    total = sum(w.last - w.first for works in shards for w in works)
+    say(f"{len(layout.sources)} sources, {total} tiles in {len(shards)} shards, {len(items)} to make")
+    arguments = {
+        "root": root.uri if root else None,
+        "target": storage.uri,
+        "settings": settings,
+        "lookup": tiles.label_lookup(layout.classes, layout.ignore),
+    }
+    _make(items, arguments, say)
+    index, spoiled = _collect(storage, len(shards), len(layout.classes))
+    quarantine = [*bad, *spoiled]
+    _check_budget(quarantine, layout, bad_budget)
+    dataset = store.finish(
+        storage,
+        name=layout.name,
+        classes=layout.classes,
+        ignore=layout.ignore,
+        tile_size=settings.side,
+        index=index,
+        quarantine=quarantine,
+    )
+    result = {
+        "tiles": dataset.tiles,
+        "quarantined": len(quarantine),
+        "hash": dataset.content_hash,
+        "bytes": sum(storage.list("shards").values()),
+        "dropped_pixels": dropped,
+    }
+    storage.write("result.json", (json.dumps(result) + "\n").encode())
+    for path in storage.list("pieces"):
+        storage.remove(path)
+    say(f"{storage.uri}: {_text(result)}")
+    return result
+
+
+def _text(result: dict[str, Any]) -> str:
+    return (
+        f"{result['tiles']['train']} training and {result['tiles']['val']} validation tiles, {result['bytes'] / 1e6:.1f} MB, "
+        f"{result['quarantined']} sources quarantined, {result['dropped_pixels']} pixels of remainders dropped, "
+        f"hash {result['hash'][:12]}"
+    )
+
+
+def _agree(storage: Storage, root: Storage | None, layout: Layout, settings: Settings) -> bool:
+    """Write `plan.json`, or check that the one there is the same; True if it was there."""
+    listing = hashlib.sha256(json.dumps([asdict(s) for s in layout.sources]).encode()).hexdigest()
+    plan = {
+        **asdict(settings),
+        "layout": layout.kind,
+        "classes": [asdict(c) for c in layout.classes],
+        "ignore": list(layout.ignore),
+        "sources": len(layout.sources),
+        "listing": listing,
+    }
+    body = (json.dumps(plan, indent=1) + "\n").encode()
+    if storage.create("plan.json", body):
+        return False
+    there = json.loads(storage.read("plan.json"))
+    differs = [f"{k}: {there.get(k)!r} there, {v!r} now" for k, v in plan.items() if there.get(k) != v]
+    if differs:
+        shown = "; ".join(d if len(d) < 120 else d[:117] + "..." for d in differs)
+        raise UsageError(
+            f"{storage.uri} holds a store of other input or settings ({shown}): choose another --target"
+        )
+    return True
+
+
+def _grids(
+    root: Storage | None, layout: Layout, settings: Settings
+) -> tuple[list[tuple[Source, int, int]], list[BadTile], int]:
+    """(source, rows, cols) of the sources that can be planned, in order of name; those that cannot; pixels dropped."""
+    present = [s for s in layout.sources if s.bytes]
+    bad = [BadTile(s.name, f"{s.image} is missing", "") for s in layout.sources if not s.bytes]
+    sizes = {s.name: (SCENE_SIDE, SCENE_SIDE) for s in present}
+    if settings.resize:
+        sizes = {s.name: (settings.resize, settings.resize) for s in present}
+    elif root is not None:
+        items = [{"source": json.dumps(asdict(s))} for s in present]
+        rows = list(_run(read_headers, items, 16, {"root": root.uri}))
+        bad += [BadTile(r["name"], r["reason"], r["sha256"]) for r in rows if r["reason"]]
+        sizes = {r["name"]: (int(r["height"]), int(r["width"])) for r in rows if not r["reason"]}
+    grids = plan_grids([s for s in present if s.name in sizes], sizes, settings.tile)
+    kept = sum(rows * cols for _, rows, cols in grids) * settings.tile**2
+    return grids, bad, sum(h * w for h, w in sizes.values()) - kept
+
+
+def plan_grids(
+    present: Sequence[Source], sizes: dict[str, tuple[int, int]], tile: int
+) -> list[tuple[Source, int, int]]:
+    """(source, rows, cols) in order of name, from the (resized) sizes."""
+    return [(s, *tiles.grid(*sizes[s.name], tile)) for s in sorted(present, key=lambda s: s.name)]
+
+
+def read_headers(batch: dict[str, np.ndarray], root: str) -> dict[str, list[Any]]:
+    """INPUT: sources.  OUTPUT: name, height, width, reason ("" if good), sha256."""
+    found: dict[str, list[Any]] = {k: [] for k in ("name", "height", "width", "reason", "sha256")}
+    for text in batch["source"]:
+        source = Source(**json.loads(text))
+        try:
+            row = (source.name, *sources.size(Storage(root), source), "", "")
+        except BadSource as error:
+            row = (source.name, 0, 0, str(error), error.sha256)
+        for column, value in zip(found.values(), row, strict=True):
+            column.append(value)
+    return found
+
+
+def write_parts(
+    batch: dict[str, np.ndarray], root: str | None, target: str, settings: Settings, lookup: np.ndarray
+) -> dict[str, list[int]]:
+    """INPUT: shards to make.  OUTPUT: tiles written; the shard and its piece of the index are in the target then."""
+    storage, counts = Storage(target), []
+    for part, text in zip(batch["part"], batch["work"], strict=True):
+        rows: list[dict[str, Any]] = []
+        bad: list[BadTile] = []
+        for fields in json.loads(text):
+            work = Work(**{**fields, "source": Source(**fields["source"])})
+            try:
+                rows += list(_cut(Storage(root) if root else None, work, settings, lookup))
+            except BadSource as error:
+                bad.append(BadTile(work.source.name, str(error), error.sha256))
+        piece = (
+            store.write_shard(storage, f"shards/part-{part:05d}.parquet", rows)
+            if rows
+            else store.INDEX.empty_table()
+        )
+        out = io.BytesIO()
+        pq.write_table(piece.replace_schema_metadata({"bad": json.dumps([asdict(b) for b in bad])}), out)
+        storage.write(_piece(part), out.getvalue())
+        counts.append(len(rows))
+    return {"tiles": counts}
+
+
+def _piece(part: int) -> str:
+    return f"pieces/part-{part:05d}.parquet"
+
+
+def _cut(
+    root: Storage | None, work: Work, settings: Settings, lookup: np.ndarray
+) -> Iterator[dict[str, Any]]:
+    source, tile, side = work.source, settings.tile, settings.side
+    with _pixels(root, source, settings) as pixels:
+        for n in range(work.first, work.last):
+            row, col = divmod(n, work.cols)
+            image, label = pixels.window(row * tile, col * tile, tile)
+            stored = None if label is None else _stored_label(label, lookup, source)
+            if stored is not None:
+                stored = tiles.resize_label(stored, side, side)
+            scale = [f * tile / side for f in pixels.factor]
+            yield {
+                "tile_id": tiles.tile_id(source.name, row, col),
+                "region": source.region,
+                "source": source.name,
+                "row": row,
+                "col": col,
+                "split": source.split,
+                "pixels": None if stored is None else tiles.pixel_counts(stored, int(lookup.max())).tolist(),
+                "crs": pixels.crs,
+                "transform": pixels.transform and _moved(pixels.transform, row * side, col * side, scale),
+                "scale": scale,
+                "image": codec.encode_image(tiles.resize_image(image, side, side)),
+                "label": None if stored is None else codec.encode_label(stored),
+            }
+
+
+def _moved(transform: Sequence[float], row: int, col: int, scale: Sequence[float]) -> list[float]:
+    """Transform of a tile whose corner is at (row, col) of the scaled grid, `scale` source pixels a tile pixel."""
+    a, b, c, d, e, f = transform
+    y, x = row * scale[0], col * scale[1]
+    return [a * scale[1], b * scale[0], a * x + b * y + c, d * scale[1], e * scale[0], d * x + e * y + f]
+
+
+def _stored_label(label: np.ndarray, lookup: np.ndarray, source: Source) -> np.ndarray:
+    stored = lookup[label]
+    if stored.min() < 0:
+        codes = sorted(set(np.unique(label).tolist()) - set(np.flatnonzero(lookup >= 0).tolist()))
+        raise BadSource(
+            f"{source.label} holds label code {codes[0]}, expected one of {np.flatnonzero(lookup >= 0).tolist()}"
+        )
+    return stored.astype(np.uint8)
+
+
+class _Pixels:
+    """Image and label of one source as windows of the (resized) grid."""
+
+    crs: str | None = None
+    transform: tuple[float, ...] | None = None
+    factor = (1.0, 1.0)
+
+    def __init__(
+        self, image: Any, label: Any, whole: tuple[np.ndarray, np.ndarray | None] | None = None
+    ) -> None:
+        self.image, self.label, self.whole = image, label, whole
+
+    def window(self, row: int, col: int, side: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """(side, side, 3) uint8 image and (side, side) uint8 codes."""
+        if self.whole:
+            cut = slice(row, row + side), slice(col, col + side)
+            image, label = self.whole
+            return np.ascontiguousarray(image[cut]), None if label is None else np.ascontiguousarray(
+                label[cut]
+            )
+        label = self.label.read(row, col, side, side) if self.label else None
+        return self.image.read(row, col, side, side), label
+
+
+@contextmanager
+def _pixels(root: Storage | None, source: Source, settings: Settings) -> Iterator[_Pixels]:
+    if root is None:
+        from raysed.core.synthetic import scene
+
+        made = scene(settings.seed, int(source.image.rpartition("/")[2]), side=SCENE_SIDE)
+        yield _Pixels(None, None, (made.image, made.label))
+        return
+    with ExitStack() as stack:
+        image = stack.enter_context(Raster(root, source.image, 3).opened())
+        label = stack.enter_context(Raster(root, source.label, 1).opened()) if source.label else None
+        if label and (label.height, label.width) != (image.height, image.width):
+            raise label.bad(
+                f"has {label.width} x {label.height} pixels, its image {image.width} x {image.height}"
+            )
+        pixels = _Pixels(image, label)
+        if settings.resize:
+            pixels.whole = _resized(image, label, settings.resize)
+            pixels.factor = (image.height / settings.resize, image.width / settings.resize)
+        pixels.crs, pixels.transform = image.crs, image.transform
+        yield pixels
+
+
+def _resized(image: Raster, label: Raster | None, side: int) -> tuple[np.ndarray, np.ndarray | None]:
+    if image.height * image.width > sources.MAX_WHOLE:
+        raise image.bad(
+            f"has {image.width} x {image.height} pixels, at most {sources.MAX_WHOLE} can be resized"
+        )
+    whole = tiles.resize_image(image.read(0, 0, image.height, image.width), side, side)
+    if label is None:
+        return whole, None
+    return whole, tiles.resize_label(label.read(0, 0, label.height, label.width), side, side)
+
+
+def _run(
+    function: Any, items: list[dict[str, Any]], batch: int, arguments: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Rows of a function mapped over items by Ray Data tasks; an error raised on purpose comes out as itself."""
+    if not items:
+        return
+    source = ray.data.from_items(items, override_num_blocks=-(-len(items) // batch))
+    try:
+        yield from source.map_batches(
+            function, batch_size=batch, num_cpus=TASK_CPUS, fn_kwargs=arguments
+        ).iter_rows()
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, RaysedError):
+            raise error.cause from None
+        raise
+
+
+def _make(items: list[dict[str, Any]], arguments: dict[str, Any], say: Callable[[str], None]) -> None:
+    began, last, made = time.monotonic(), 0.0, 0
+    for shard, row in enumerate(_run(write_parts, items, 1, arguments), start=1):
+        made += int(row["tiles"])
+        passed = time.monotonic() - began
+        if passed - last > 10 or shard == len(items):
+            last = passed
+            left = passed / shard * (len(items) - shard)
+            say(
+                f"shard {shard}/{len(items)}  {made} tiles  {made / max(passed, 1e-9):.0f} tiles/s  ETA {left:.0f} s"
+            )
+
+
+def _collect(storage: Storage, shards: int, classes: int) -> tuple[pa.Table, list[BadTile]]:
+    """The index of all pieces without the tiles of sources that went bad, and those sources."""
+    pieces = [pq.read_table(io.BytesIO(storage.read(_piece(k)))) for k in range(shards)]
+    bad = {b["tile_id"]: BadTile(**b) for p in pieces for b in json.loads(p.schema.metadata[b"bad"])}
+    index = pa.concat_tables([store.INDEX.empty_table(), *(p.cast(store.INDEX) for p in pieces)])
+    gone = pa.array(sorted(bad), pa.string())
+    return index.filter(pc.invert(pc.is_in(index["source"], gone))), list(bad.values())
+
+
+def _check_budget(quarantine: list[BadTile], layout: Layout, budget: float) -> None:
+    if len(quarantine) > budget * len(layout.sources):
+        shown = "; ".join(f"{b.tile_id}: {b.reason}" for b in quarantine[:3])
+        raise DataError(
+            f"{len(quarantine)} of {len(layout.sources)} sources are unusable, --bad-budget allows {budget:g} of them ({shown})"
+        )

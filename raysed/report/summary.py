@@ -1,0 +1,161 @@
+"""`summary.json` and the table printed at the end of a run: derived from the manifests alone."""
+
+import json
+from typing import Any
+
+import numpy as np
+
+from raysed.io.ledger import Ledger, Manifest
+from raysed.io.storage import Storage
+
+LAST = 10
+"""The headline is the mean of the last so many cycles, never the best cycle on validation."""
+SCALARS = (
+    "miou",
+    "iou_micro",
+    "iou_frequency_weighted",
+    "pixel_accuracy",
+    "iou_variance",
+    "iou_cv",
+    "iou_worst",
+    "soft_iou",
+    "loss",
+)
+FIRST_CORRECT = 0.01
+"""IoU above which a class counts as found."""
+ENVIRONMENT = ("commit", "command")
+HARDWARE = ("cpu", "cores", "device", "precision", "workers", "threads")
+
+
+def arms_of(run: Storage) -> dict[str, tuple[Ledger, list[Manifest]]]:
+    """Arms of a run by the name of their strategy, passive first, with their committed cycles.
+
+    Raises:
+        UsageError: no run here.
+    """
+    own = Ledger(run)
+    found = {}
+    if run.exists("baseline/config.json"):
+        baseline = Ledger(run.at("baseline"))
+        found[baseline.config()[0].select.strategy] = (baseline, baseline.manifests())
+    found[own.config()[0].select.strategy] = (own, own.manifests())
+    return found
+
+
+def summarise(run: Storage) -> dict[str, Any]:
+    """What a run has done, as plain numbers.
+
+    Raises:
+        UsageError: no run here.
+    """
+    arms = arms_of(run)
+    committed = {name: manifests for name, (_, manifests) in arms.items() if manifests}
+    summary: dict[str, Any] = {
+        "arms": {name: _arm(m) for name, m in committed.items()},
+        "ratios": _ratios(committed),
+    }
+    own, manifests = list(arms.values())[-1]
+    experiment, dataset_hash = own.config()
+    summary["config"] = {**experiment.to_dict(), "run": run.uri}
+    summary["dataset_hash"] = dataset_hash
+    if manifests:
+        record = manifests[-1].record
+        environment = record["environment"]
+        summary |= {k: environment[k] for k in ENVIRONMENT}
+        summary["hardware"] = {k: environment.get(k, record.get(k)) for k in HARDWARE}
+        summary["versions"] = {k: v for k, v in environment.items() if k not in (*ENVIRONMENT, *HARDWARE)}
+    return summary
+
+
+def write_summary(run: Storage) -> dict[str, Any]:
+    """`summarise`, written to `summary.json` as well."""
+    summary = summarise(run)
+    run.write("summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+    return summary
+
+
+def _arm(manifests: list[Manifest]) -> dict[str, Any]:
+    records = [m.record for m in manifests]
+    last = records[-LAST:]
+    totals = [r["seconds"]["total"] for r in records]
+    phases = sorted({k for r in records for k in r["seconds"]} - {"total"})
+    seconds = {p: round(sum(r["seconds"].get(p, 0.0) for r in records), 2) for p in phases}
+    trained = sum(r["tiles"] for r in records)
+    scored = sum(r["scores"]["tiles"] for r in records if r["scores"])
+    names = list(records[-1]["val"]["iou"])
+    miou = [r["val"]["miou"] for r in records]
+    return {
+        "cycles": len(records),
+        "tiles_per_cycle": records[-1]["tiles"],
+        "tiles_scored": scored,
+        "mean_of_last": len(last),
+        "metrics": {k: float(np.mean([r["val"][k] for r in last])) for k in SCALARS},
+        "iou": {n: _mean([r["val"]["iou"][n] for r in last]) for n in names},
+        "final": {k: records[-1]["val"][k] for k in (*SCALARS, "classes_present")},
+        "fluctuation": float(np.std(np.diff(miou))) if len(miou) > 1 else 0.0,
+        "first_correct_cycle": {
+            n: next((m.cycle for m in manifests if (m.record["val"]["iou"][n] or 0) > FIRST_CORRECT), None)
+            for n in names
+        },
+        "train_loss": records[-1]["train"]["loss"],
+        "quarantined": records[-1]["quarantined"],
+        "seconds": seconds,
+        "seconds_total": round(sum(totals), 2),
+        "seconds_a_cycle": {"first": totals[0], "median_warm": float(np.median(totals[1:] or totals))},
+        "tiles_per_second": {
+            "train": trained / max(seconds.get("train", 0), 1e-9),
+            "score": scored / seconds["score"] if seconds.get("score") else None,
+            "evaluate": sum(r["val"]["tiles"] for r in records) / max(seconds.get("evaluate", 0), 1e-9),
+        },
+    }
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _ratios(committed: dict[str, list[Manifest]]) -> dict[str, float]:
+    """Seconds of the active arm over those of the passive one, a warm cycle (median, the first left out) and in all."""
+    if len(committed) < 2:
+        return {}
+    passive, active = (_arm(m) for m in committed.values())
+    return {
+        "active/passive seconds a cycle": active["seconds_a_cycle"]["median_warm"]
+        / passive["seconds_a_cycle"]["median_warm"],
+        "active/passive seconds": active["seconds_total"] / passive["seconds_total"],
+    }
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The result as plain text, one column an arm and their difference."""
+    arms = summary["arms"]
+    if not arms:
+        return "no cycle is committed yet"
+    n = max(a["mean_of_last"] for a in arms.values())
+    lines = [_row(f"mean of the last {n} cycles", list(arms), "difference" if len(arms) == 2 else "")]
+    lines += [_numbers(k, [a["metrics"][k] for a in arms.values()]) for k in SCALARS]
+    lines += [_numbers("fluctuation of miou", [a["fluctuation"] for a in arms.values()]), "", "IoU by class"]
+    first = next(iter(arms.values()))
+    lines += [_numbers(f"  {c}", [a["iou"][c] for a in arms.values()]) for c in first["iou"]]
+    lines += ["", "seconds by phase"]
+    phases = sorted({p for a in arms.values() for p in a["seconds"]})
+    lines += [_numbers(f"  {p}", [a["seconds"].get(p, 0.0) for a in arms.values()], 1) for p in phases]
+    lines += [
+        _numbers("  all cycles", [a["seconds_total"] for a in arms.values()], 1),
+        _numbers("  a warm cycle, median", [a["seconds_a_cycle"]["median_warm"] for a in arms.values()], 1),
+    ]
+    lines += [f"{k}: {v:.2f}" for k, v in summary["ratios"].items()]
+    return "\n".join(lines)
+
+
+def _row(label: str, cells: list[str], last: str = "") -> str:
+    return f"{label:<30}" + "".join(f"{c:>16}" for c in cells) + (f"{last:>16}" if last else "")
+
+
+def _numbers(label: str, values: list[float | None], digits: int = 4) -> str:
+    cells = ["-" if v is None else f"{v:.{digits}f}" for v in values]
+    a, b = (*values, None)[:2]
+    return _row(
+        label, cells, f"{b - a:+.{digits}f}" if a is not None and b is not None and len(values) == 2 else ""
+    )
