@@ -322,8 +322,8 @@ def stroll(
         heading += turn
         points.append(points[-1] + STEP * direction(heading))
         if np.abs(points[-1] - side / 2).max() >= side / 2:
-            outwards = np.arctan2(*(points[-1] - side / 2)[::-1])
-            points.append(points[-1] + 2 * STEP * direction(outwards))
+            outwards = (points[-1] - side / 2) / np.hypot(*(points[-1] - side / 2))
+            points += [points[-1] + STEP * outwards, points[-1] + 2 * STEP * outwards]
             break
         x, y = points[-1].astype(int)
         if n > 3 and taken[y, x]:
@@ -497,7 +497,7 @@ def paint_trees(canvas: Canvas, kind: Kind, roads: list[Road]) -> None:
     below, labels = canvas.top.copy(), canvas.labels()
     core = np.zeros((side, side), np.uint8)
     for road in roads:
-        trace(core, road, shrink=0.8)
+        trace(core, road, shrink=0.9)
     leaves = [canvas.add(TREE, "tree", 5, patchy=0.1, grainy=0.12) for _ in range(3)]
     size = rng.uniform(2.4, 4.6)
     closed = highest(fractal(rng, side, 70, 4), kind.wood * rng.uniform(0.6, 1.35))

@@ -1,0 +1,181 @@
+"""The jobs as a user runs them: processes, exit codes, one line an error; killed and continued."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from raysed.io.ledger import Ledger, difference, verify
+from raysed.io.storage import Storage
+from raysed.io.store import Store
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).resolve().parents[2]
+FAST = [
+    *("--arch", "unet:resnet18", "--select.tiles", "24", "--optim.lr", "1e-3", "--optim.micro-batch", "4"),
+    *("--cluster.chunk", "16",),
+]  # fmt: skip
+
+
+def command(job: str, *argv: str) -> list[str]:
+    return [sys.executable, f"jobs/{job}.py", *argv]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAYSED_") and k != "RAY_ADDRESS"}
+    return {**clean, "RAYSED_REAL_DATA": os.environ.get("RAYSED_REAL_DATA", ""), **extra}
+
+
+def run(
+    job: str, *argv: str, code: int = 0, timeout: float = 240, **extra: str
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command(job, *argv),
+        cwd=ROOT,
+        env=environment(**extra),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == code, f"{done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+def error_line(done: subprocess.CompletedProcess[str]) -> str:
+    """The one error line; there must be no traceback beside it."""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return lines[0]
+
+
+def kill_at(point: str, job: str, *argv: str) -> None:
+    """Start a job that waits at a named point and SIGKILL its process group there."""
+    process = subprocess.Popen(
+        command(job, *argv), cwd=ROOT, env=environment(RAYSED_HOLD=point), stdout=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    children = []
+    try:
+        assert process.stdout
+        for line in process.stdout:
+            if line.startswith("holding at"):
+                phase, _, cycle = point.partition("@")
+                assert line.split() == ["holding", "at", phase, "of", "cycle", cycle]
+                break
+        else:
+            pytest.fail(f"the job ended before {point}")
+        children = psutil.Process(process.pid).children(recursive=True)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
+        psutil.wait_procs(children, timeout=30)
+
+
+@pytest.mark.timeout(900)
+def test_a_run_killed_at_five_points_ends_equal_to_an_undisturbed_one(small_store, tmp_path):
+    flags = ["--data", small_store, "--cycles", "5", *FAST]
+    calm, torn = str(tmp_path / "calm"), str(tmp_path / "torn")
+    run("active", *flags, "--run", calm)
+    for cycle, point in enumerate(("score", "select", "train", "evaluate", "commit")):
+        kill_at(f"{point}@{cycle}", "active", *flags, "--run", torn)
+        assert len(Ledger(Storage(torn)).manifests()) == cycle
+    done = run("active", *flags, "--run", torn)
+    assert "continues after cycle 4 of 5" in done.stdout
+    assert difference(Ledger(Storage(calm)), Ledger(Storage(torn))) == []
+    assert verify(Ledger(Storage(torn)), Store.open(small_store).split("train")) == []
+    assert run("report", "--diff", calm, torn).stdout.strip().endswith("equal")
+    run("report", torn, "--verify")
+    again = run("active", *flags, "--run", torn)  # nothing is left to do
+    assert "mean of the last 5 cycles" in again.stdout
+
+
+@pytest.mark.timeout(600)
+def test_two_arms_make_a_summary_and_a_report(small_store, tmp_path):
+    out = tmp_path / "run"
+    done = run(
+        "active",
+        "--data",
+        small_store,
+        "--run",
+        str(out),
+        "--cycles",
+        "2",
+        "--baseline",
+        "--workers",
+        "2",
+        *FAST,
+    )
+    summary = json.loads((out / "summary.json").read_text())
+    assert list(summary["arms"]) == ["uniform", "entropy"]
+    for arm in summary["arms"].values():
+        assert arm["cycles"] == 2
+        assert arm["tiles_per_cycle"] == 24
+    assert summary["ratios"]["active/passive seconds"] > 0
+    lines = [line for line in done.stdout.splitlines() if "ETA" in line]
+    assert [line.split()[:2] for line in lines] == [
+        ["uniform", "1/2"],
+        ["uniform", "2/2"],
+        ["entropy", "1/2"],
+        ["entropy", "2/2"],
+    ]
+    assert (out / "report.html").stat().st_size > 10_000
+    assert len((out / "cycles.jsonl").read_text().splitlines()) == 2
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("val/miou")] == [0, 1]
+    refused = run(
+        "train", "--data", small_store, "--run", str(out), "--cycles", "2", "--workers", "2", *FAST, code=2
+    )
+    assert "select.strategy: 'entropy' there, 'uniform' now" in error_line(refused)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("arch", ["unet", "efficientunet-b0", "efficientunet-b4"])
+def test_every_architecture_commits_a_cycle(small_store, tmp_path, arch):
+    run("train", "--data", small_store, "--run", str(tmp_path / "r"), "--cycles", "1", "--arch", arch, "--select.tiles", "4",
+        "--optim.batch", "2", "--optim.micro-batch", "2")  # fmt: skip
+    manifest = Ledger(Storage(str(tmp_path / "r"))).manifests()[0]
+    assert manifest.record["steps"] == 2
+    assert manifest.record["val"]["counts"]
+
+
+@pytest.mark.timeout(300)
+def test_bad_tiles_beyond_the_budget_end_the_run_with_code_4(damaged_store, tmp_path):
+    uri, victim = damaged_store
+    flags = ["--data", uri, "--cycles", "1", *FAST]
+    done = run("active", *flags, "--run", str(tmp_path / "strict"), code=4)
+    assert victim in error_line(done)
+    done = run("active", *flags, "--run", str(tmp_path / "lenient"), "--data.bad-tile-budget", "0.01")
+    assert f"tile {victim} is quarantined" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "text"),
+    [
+        (["--cycels", "3"], 2, "did you mean '--cycles'?"),
+        (["--data", "/nowhere"], 2, "no finished tile store at /nowhere"),
+        (["--data", "STORE", "--select.tiles", "1000"], 2, "asks for 1000 tiles a cycle, the pool has 128"),
+        (["--data", "STORE", "--arch", "unett"], 2, "did you mean 'unet'?"),
+        (["--data", "STORE", "--select", "entropi"], 2, "select.strategy must be one of uniform, entropy"),
+        (["--data", "STORE", "--workers", "8", "--optim.micro-batch", "1"], 7, "and a CPU for each worker"),
+        (["--data", "STORE", "--model.encoder-weights", "/nowhere.pth", *FAST], 2, "no file /nowhere.pth"),
+        (["--data", "s3://key:secret@bucket/x"], 2, "must hold no credentials"),
+    ],
+)
+def test_bad_input_is_one_line_and_a_code(small_store, tmp_path, argv, code, text):
+    argv = [small_store if a == "STORE" else a for a in argv]
+    done = run("train", "--run", str(tmp_path / "r"), *argv, code=code, timeout=90)
+    assert text in error_line(done)
+    assert not (tmp_path / "r" / "cycle_0000").exists()
