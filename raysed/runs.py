@@ -10,6 +10,7 @@ from raysed.cluster.launch import launch
 from raysed.cluster.prepare import prepare_synthetic
 from raysed.config import Experiment
 from raysed.io.storage import Storage
+from raysed.report.html import write_report
 from raysed.report.summary import table, write_summary
 
 DEMO_STORE = "data/synthetic"
@@ -53,8 +54,6 @@ def run_experiment(doc: str | None, argv: Sequence[str], start: Experiment) -> i
     )
     say(f"run {experiment.run}  data {experiment.data.uri}")
     code = launch(experiment, say=say, hold=os.environ.get("RAYSED_HOLD"))
-    from raysed.report.html import write_report
-
     run = Storage(str(experiment.run))
     say("\n" + table(write_summary(run)))
     say(f"\nsummary  {run.uri}/summary.json")
