@@ -8,6 +8,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from raysed.io.ledger import Manifest
 
@@ -59,6 +60,7 @@ def class_curves(arms: Arms) -> str:
             if None not in values:
                 _curve(axes, values, color, arm)
         axes.set_title(name, fontsize=9)
+        axes.set_xlabel("cycle", fontsize=8)
         axes.set_ylim(0, 1)
     return _svg(figure)
 
@@ -149,6 +151,8 @@ def _figure(width: float, height: float) -> Figure:
 def _svg(figure: Figure) -> str:
     for axes in figure.axes:
         axes.tick_params(labelsize=7)
+        if axes.get_xlabel() == "cycle":
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.5)
     out = io.StringIO()
