@@ -7,29 +7,29 @@ from typing import Any
 import ray
 import ray.data
 
+from raysed.errors import ResourcesError
+
 OBJECT_STORE = 2 << 30
 """Object store of a Ray started here, bytes."""
 
 
 def connect() -> None:
-    """Connect to the cluster of RAY_ADDRESS or of this machine; start a local Ray if there is none.  Does nothing twice."""
+    """Connect to the cluster of RAY_ADDRESS, or to the one that `ray start` left on this machine; else start a local Ray.
+
+    Another program's own local Ray is left alone: Ray's `address="auto"` would join it, and die with it.  Does nothing twice.
+    """
     if not ray.is_initialized():
-        quiet: dict[str, Any] = {
-            "log_to_driver": False,
-            "logging_level": logging.ERROR,
-            "configure_logging": True,
-        }
+        address = os.environ.get("RAY_ADDRESS") or ray._private.utils.read_ray_address()
+        own = (
+            {} if address else {"num_cpus": len(os.sched_getaffinity(0)), "object_store_memory": OBJECT_STORE}
+        )
+        settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, **own}
         try:
-            ray.init(address=os.environ.get("RAY_ADDRESS") or "auto", **quiet)
-        except ConnectionError:
-            if os.environ.get("RAY_ADDRESS"):
-                raise
-            ray.init(
-                num_cpus=len(os.sched_getaffinity(0)),
-                object_store_memory=OBJECT_STORE,
-                include_dashboard=True,
-                **quiet,
-            )
+            ray.init(address=address or "local", **settings)
+        except (ConnectionError, RuntimeError) as error:
+            raise ResourcesError(
+                f"no Ray cluster can be reached at {address} ({error}): check RAY_ADDRESS"
+            ) from error
     quiet_data()
 
 

@@ -94,6 +94,8 @@ def run(config: dict[str, Any]) -> None:
     quiet_data()
     first = ray.train.get_context().get_world_rank() == 0
     try:
+        if first:
+            setup.monitor.post.remote({"kind": "started"})
         if first and setup.scorers:
             share_threads(setup.scorers, setup.arms[0].experiment.cluster.wait_nodes)
         for arm in setup.arms:

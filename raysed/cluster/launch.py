@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -84,7 +84,8 @@ def launch(experiment: Experiment, *, say: Callable[[str], None], hold: str | No
             for a in held
         }
         with _signals(monitor) as caught:
-            _watch(_trainer(experiment, setup), monitor, Progress(arms, say), boards, say)
+            watch = Watch(monitor, Progress(arms, say), boards, say)
+            watch.over(_trainer(experiment, setup), experiment.cluster.wait_nodes)
         for _, arm in arms:
             ledger = Ledger(Storage(str(arm.run)))
             ledger.write_lines(ledger.manifests())
@@ -219,50 +220,65 @@ def _trainer(experiment: Experiment, setup: Setup) -> TorchTrainer:
     )
 
 
-def _watch(
-    trainer: TorchTrainer,
-    monitor: ActorHandle,
-    progress: Progress,
-    boards: dict[str, TensorBoard],
-    say: Callable[[str], None],
-) -> None:
-    """Fit in a thread; here print, log and find out how it ended."""
-    ended: list[BaseException | None] = []
+@dataclass
+class Watch:
+    """The driver's eyes: fits in a thread, prints and logs what happens, finds out how it ends."""
 
-    def fit() -> None:
-        try:
-            trainer.fit()
-            ended.append(None)
-        except BaseException as error:  # handed to the main thread below
-            ended.append(error)
+    monitor: ActorHandle
+    progress: Progress
+    boards: dict[str, TensorBoard]
+    say: Callable[[str], None]
+    started: bool = False
 
-    threading.Thread(target=fit, daemon=True, name="raysed-fit").start()
-    seen = 0
-    while True:
-        over = bool(ended)
-        events: list[dict[str, Any]] = ray.get(monitor.wait.remote(seen, 0.5))
-        seen += len(events)
-        for event in events:
-            _handle(event, progress, boards, say)
-        if over and not events:
-            break
-    if ended[0] is not None:
-        raise ended[0]
+    def over(self, trainer: TorchTrainer, patience: float) -> None:
+        """Watch a trainer until it ends.
 
+        Raises:
+            RaysedError: the error that a rank has reported.
+            ResourcesError: the workers did not start within `patience` seconds.
+        """
+        ended: list[BaseException | None] = []
 
-def _handle(
-    event: dict[str, Any], progress: Progress, boards: dict[str, TensorBoard], say: Callable[[str], None]
-) -> None:
-    if event["kind"] == "say":
-        say(event["text"])
-    elif event["kind"] == "phase" and event["holding"]:
-        say(f"holding at {event['phase']} of cycle {event['cycle']}")
-    elif event["kind"] == "cycle":
-        progress.cycle(event["arm"], event["manifest"])
-        boards[event["arm"]].cycle(event["manifest"])
-    elif event["kind"] == "failed":
-        kinds = {c.exit_code: c for c in RaysedError.__subclasses__()}
-        raise kinds.get(event["exit_code"], RaysedError)(event["text"])
+        def fit() -> None:
+            try:
+                trainer.fit()
+                ended.append(None)
+            except BaseException as error:  # handed to the main thread below
+                ended.append(error)
+
+        threading.Thread(target=fit, daemon=True, name="raysed-fit").start()
+        began, seen = time.monotonic(), 0
+        while True:
+            over = bool(ended)
+            events: list[dict[str, Any]] = ray.get(self.monitor.wait.remote(seen, 0.5))
+            seen += len(events)
+            for event in events:
+                self._handle(event)
+            if over and not events:
+                break
+            if not self.started and time.monotonic() - began > patience:
+                free = ", ".join(
+                    f"{v:g} {k}" for k, v in ray.available_resources().items() if k in ("CPU", "GPU")
+                )
+                raise ResourcesError(
+                    f"the training workers did not start within {patience:.0f} s, the cluster has {free or 'no CPU'} free: wait "
+                    "until other jobs have ended, or raise --cluster.wait-nodes"
+                )
+        if ended[0] is not None:
+            raise ended[0]
+
+    def _handle(self, event: dict[str, Any]) -> None:
+        self.started = True
+        if event["kind"] == "say":
+            self.say(event["text"])
+        elif event["kind"] == "phase" and event["holding"]:
+            self.say(f"holding at {event['phase']} of cycle {event['cycle']}")
+        elif event["kind"] == "cycle":
+            self.progress.cycle(event["arm"], event["manifest"])
+            self.boards[event["arm"]].cycle(event["manifest"])
+        elif event["kind"] == "failed":
+            kinds = {c.exit_code: c for c in RaysedError.__subclasses__()}
+            raise kinds.get(event["exit_code"], RaysedError)(event["text"])
 
 
 @contextmanager

@@ -96,9 +96,11 @@ def synthetic(scenes: int) -> Layout:
     """The synthetic world as a layout: every fifth scene is validation."""
     from raysed.core.synthetic import scene
 
+    if scenes < 1:
+        raise UsageError(f"--scenes must be at least 1, got {scenes}")
     names = [(n, scene(0, n, side=16).region) for n in range(scenes)]
     made = [
-        Source(f"{region}_{n}", region, "val" if n % 5 == 4 else "train", f"scene/{n}", f"scene/{n}", 1)
+        Source(f"{region}_{n}", region, "val" if n % 5 == 4 else "train", f"scene/{n}", f"scene/{n}", 1, 1)
         for n, region in names
     ]
     return Layout("synthetic", "synthetic", OPENEARTHMAP, (0,), tuple(sorted(made, key=lambda s: s.name)))
@@ -136,21 +138,27 @@ def prepare(
         DataError: more unusable sources than the budget allows.
     """
     storage = Storage(target)
-    planned = _agree(storage, root, layout, settings)
+    if not 0 <= bad_budget <= 1:
+        raise UsageError(f"--bad-budget must lie in 0..1, got {bad_budget}")
+    _agree(storage, root, layout, settings)
     if storage.exists("dataset.json"):
-        result = json.loads(storage.read("result.json"))
+        result = _result(storage)
         say(f"{storage.uri} is finished already: {_text(result)}")
         return result
     connect()
     grids, bad, dropped = _grids(root, layout, settings)
     shards = pack(grids)
-    done = {p for p in storage.list("pieces") if p.endswith(".parquet")} if planned else set()
+    done = storage.list("pieces")
     items = [
         {"part": k, "work": json.dumps([asdict(w) for w in works])}
         for k, works in enumerate(shards)
         if _piece(k) not in done
     ]
     total = sum(w.last - w.first for works in shards for w in works)
+    if not total:
+        raise UsageError(
+            f"no source gives a tile of {settings.tile} px ({len(layout.sources)} sources, {len(bad)} unusable)"
+        )
     say(f"{len(layout.sources)} sources, {total} tiles in {len(shards)} shards, {len(items)} to make")
     arguments = {
         "root": root.uri if root else None,
@@ -162,7 +170,7 @@ def prepare(
     index, spoiled = _collect(storage, len(shards), len(layout.classes))
     quarantine = [*bad, *spoiled]
     _check_budget(quarantine, layout, bad_budget)
-    dataset = store.finish(
+    store.finish(
         storage,
         name=layout.name,
         classes=layout.classes,
@@ -170,19 +178,24 @@ def prepare(
         tile_size=settings.side,
         index=index,
         quarantine=quarantine,
+        dropped_pixels=dropped,
     )
-    result = {
-        "tiles": dataset.tiles,
-        "quarantined": len(quarantine),
-        "hash": dataset.content_hash,
-        "bytes": sum(storage.list("shards").values()),
-        "dropped_pixels": dropped,
-    }
-    storage.write("result.json", (json.dumps(result) + "\n").encode())
     for path in storage.list("pieces"):
         storage.remove(path)
+    result = _result(storage)
     say(f"{storage.uri}: {_text(result)}")
     return result
+
+
+def _result(storage: Storage) -> dict[str, Any]:
+    dataset = store.Store.open(storage.uri).dataset
+    return {
+        "tiles": dataset.tiles,
+        "quarantined": pq.read_metadata(io.BytesIO(storage.read("quarantine.parquet"))).num_rows,
+        "hash": dataset.content_hash,
+        "bytes": sum(storage.list("shards").values()),
+        "dropped_pixels": dataset.dropped_pixels,
+    }
 
 
 def _text(result: dict[str, Any]) -> str:
@@ -193,8 +206,11 @@ def _text(result: dict[str, Any]) -> str:
     )
 
 
-def _agree(storage: Storage, root: Storage | None, layout: Layout, settings: Settings) -> bool:
-    """Write `plan.json`, or check that the one there is the same; True if it was there."""
+def _agree(storage: Storage, root: Storage | None, layout: Layout, settings: Settings) -> None:
+    """Write `plan.json`, or check that the one there is the same.
+
+    An unfinished store whose sources have changed since (a bad file was repaired, say) is begun anew.
+    """
     listing = hashlib.sha256(json.dumps([asdict(s) for s in layout.sources]).encode()).hexdigest()
     plan = {
         **asdict(settings),
@@ -205,24 +221,32 @@ def _agree(storage: Storage, root: Storage | None, layout: Layout, settings: Set
         "listing": listing,
     }
     body = (json.dumps(plan, indent=1) + "\n").encode()
+    finished = storage.exists("dataset.json")
+    if finished and not storage.exists("plan.json"):
+        raise UsageError(f"{storage.uri} holds a store that was not made by prepare: choose another --target")
     if storage.create("plan.json", body):
-        return False
+        return
     there = json.loads(storage.read("plan.json"))
-    differs = [f"{k}: {there.get(k)!r} there, {v!r} now" for k, v in plan.items() if there.get(k) != v]
+    differs = {k: v for k, v in plan.items() if there.get(k) != v}
+    if differs and not finished and differs.keys() <= {"sources", "listing"}:
+        for path in storage.list("pieces"):
+            storage.remove(path)
+        storage.write("plan.json", body)
+        return
     if differs:
-        shown = "; ".join(d if len(d) < 120 else d[:117] + "..." for d in differs)
+        lines = [f"{k}: {there.get(k)!r} there, {v!r} now" for k, v in differs.items()]
+        shown = "; ".join(line if len(line) < 120 else line[:117] + "..." for line in lines)
         raise UsageError(
             f"{storage.uri} holds a store of other input or settings ({shown}): choose another --target"
         )
-    return True
 
 
 def _grids(
     root: Storage | None, layout: Layout, settings: Settings
 ) -> tuple[list[tuple[Source, int, int]], list[BadTile], int]:
     """(source, rows, cols) of the sources that can be planned, in order of name; those that cannot; pixels dropped."""
-    present = [s for s in layout.sources if s.bytes]
-    bad = [BadTile(s.name, f"{s.image} is missing", "") for s in layout.sources if not s.bytes]
+    present = [s for s in layout.sources if s.image_bytes is not None]
+    bad = [BadTile(s.name, f"{s.image} is missing", "") for s in layout.sources if s.image_bytes is None]
     sizes = {s.name: (SCENE_SIDE, SCENE_SIDE) for s in present}
     if settings.resize:
         sizes = {s.name: (settings.resize, settings.resize) for s in present}
@@ -295,7 +319,7 @@ def _cut(
         for n in range(work.first, work.last):
             row, col = divmod(n, work.cols)
             image, label = pixels.window(row * tile, col * tile, tile)
-            stored = None if label is None else _stored_label(label, lookup, source)
+            stored = None if label is None else _stored_label(label, lookup, pixels)
             if stored is not None:
                 stored = tiles.resize_label(stored, side, side)
             scale = [f * tile / side for f in pixels.factor]
@@ -322,13 +346,12 @@ def _moved(transform: Sequence[float], row: int, col: int, scale: Sequence[float
     return [a * scale[1], b * scale[0], a * x + b * y + c, d * scale[1], e * scale[0], d * x + e * y + f]
 
 
-def _stored_label(label: np.ndarray, lookup: np.ndarray, source: Source) -> np.ndarray:
+def _stored_label(label: np.ndarray, lookup: np.ndarray, pixels: "_Pixels") -> np.ndarray:
     stored = lookup[label]
     if stored.min() < 0:
-        codes = sorted(set(np.unique(label).tolist()) - set(np.flatnonzero(lookup >= 0).tolist()))
-        raise BadSource(
-            f"{source.label} holds label code {codes[0]}, expected one of {np.flatnonzero(lookup >= 0).tolist()}"
-        )
+        legal = np.flatnonzero(lookup >= 0).tolist()
+        code = min(set(np.unique(label).tolist()) - set(legal))
+        raise pixels.label.bad(f"holds label code {code}, expected one of {legal}")
     return stored.astype(np.uint8)
 
 
@@ -365,8 +388,12 @@ def _pixels(root: Storage | None, source: Source, settings: Settings) -> Iterato
         yield _Pixels(None, None, (made.image, made.label))
         return
     with ExitStack() as stack:
-        image = stack.enter_context(Raster(root, source.image, 3).opened())
-        label = stack.enter_context(Raster(root, source.label, 1).opened()) if source.label else None
+        image = stack.enter_context(Raster(root, source.image, source.image_bytes, 3).opened())
+        label = (
+            stack.enter_context(Raster(root, source.label, source.label_bytes, 1).opened())
+            if source.label
+            else None
+        )
         if label and (label.height, label.width) != (image.height, image.width):
             raise label.bad(
                 f"has {label.width} x {label.height} pixels, its image {image.width} x {image.height}"
@@ -401,10 +428,18 @@ def _run(
         yield from source.map_batches(
             function, batch_size=batch, num_cpus=TASK_CPUS, fn_kwargs=arguments
         ).iter_rows()
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, RaysedError):
-            raise error.cause from None
-        raise
+    except ray.exceptions.RayError as error:
+        own = _raised_on_purpose(error)
+        raise own or error from None
+
+
+def _raised_on_purpose(error: BaseException | None) -> RaysedError | None:
+    """The RaysedError that Ray has wrapped, if there is one."""
+    while error is not None:
+        if isinstance(error, RaysedError) and not isinstance(error, ray.exceptions.RayError):
+            return error
+        error = getattr(error, "cause", None) or error.__cause__
+    return None
 
 
 def _make(items: list[dict[str, Any]], arguments: dict[str, Any], say: Callable[[str], None]) -> None:

@@ -2,32 +2,47 @@
 
 Two layouts are known.  OpenEarthMap: `<region>/images/<region>_<n>.tif`, `<region>/labels/...`, `train.txt` and `val.txt`.
 Plain folder: `images/`, `labels/`, `classes.json`, `train.txt` and `val.txt`; without lists every image is a training image,
-without a label it joins the pool unlabelled.  Letters: H W pixels of a source.
+without a label it joins the pool of training tiles unlabelled.  Letters: H W pixels of a source.
 """
 
+import hashlib
 import io
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from raysed.core.tiles import OPENEARTHMAP, LandClass, check_id, region_of
-from raysed.errors import UsageError
-from raysed.io.checkpoint import digest
+from raysed.errors import StorageError, UsageError
 from raysed.io.storage import Storage
 
 Image.MAX_IMAGE_PIXELS = None  # sizes are checked here, against the limits below, before anything is decoded
 MAX_WHOLE = 1 << 28
-"""Pixels of an image that is decoded whole (PNG, JPEG, or anything resized)."""
-MAX_WINDOWED = 1 << 32
+"""Pixels of an image, or of one block of a GeoTIFF, that is decoded whole (PNG, JPEG, or anything resized)."""
+MAX_WINDOWED = 1 << 30
 """Pixels of a GeoTIFF that is read window by window."""
+MAX_FETCHED = 1 << 30
+"""Bytes of a file that is fetched at once; a GeoTIFF on disk is read by windows instead, and may be larger."""
 _TIFF, _PILLOW = (".tif", ".tiff"), {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 ENDINGS = (*_TIFF, *_PILLOW)
+_MAGIC = {
+    b"\x89PNG": "PNG",
+    b"\xff\xd8\xff": "JPEG",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"II+\0": "TIFF",
+    b"GIF8": "GIF",
+    b"BM": "BMP",
+    b"RIFF": "WebP",
+    b"\0\0\0\x0cjP": "JPEG 2000",
+    b"<": "text",
+}
 
 
 class BadSource(Exception):
@@ -53,8 +68,10 @@ class Source:
     image: str
     """Path below the layout's root."""
     label: str | None
-    bytes: int
-    """Of the image file; 0 if it is missing."""
+    image_bytes: int | None
+    """Size of the image file; None if it is missing."""
+    label_bytes: int | None
+    """Size of the label file; None if there is none, or it is missing."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +79,13 @@ class Layout:
     """What a folder holds."""
 
     kind: str
-    """`openearthmap` or `folder`."""
+    """`openearthmap`, `folder` or `synthetic`."""
     name: str
     classes: tuple[LandClass, ...]
+    """Empty for a pool without labels and without a class list."""
     ignore: tuple[int, ...]
     sources: tuple[Source, ...]
-    """Sorted by name; a listed image that is not there has 0 bytes."""
+    """Sorted by name; a listed image that is not there is among them."""
 
 
 def find(storage: Storage, classes_file: str | None = None) -> Layout:
@@ -78,22 +96,40 @@ def find(storage: Storage, classes_file: str | None = None) -> Layout:
         classes_file: path of a `classes.json` on this machine, instead of the folder's own.
 
     Raises:
-        UsageError: nothing there, no images, names used twice, or a bad classes.json.
+        UsageError: nothing there, no images, names used twice, a bad list or a bad classes.json.
     """
     paths = storage.list()
     if not paths:
         raise UsageError(f"{storage.uri} does not exist or is empty")
-    name, classes, ignore = _classes(storage, paths, classes_file)
-    images = {p: n for p, n in paths.items() if PurePosixPath(p).suffix.lower() in ENDINGS}
-    lists = {s: storage.read(f"{s}.txt").decode().split() for s in ("train", "val") if f"{s}.txt" in paths}
-    if lists and not any(p.startswith(("images/", "labels/")) for p in images):
-        return Layout(
-            "openearthmap", name, classes, ignore, _sorted(openearthmap_sources(lists, images), storage)
-        )
-    found = _sorted(_folder(lists, images), storage)
-    if not found:
+    images = {p: n for p, n in paths.items() if _is_image(PurePosixPath(p))}
+    lists = {s: _names(storage, f"{s}.txt") for s in ("train", "val") if f"{s}.txt" in paths}
+    plain = any(p.startswith("images/") for p in images)
+    regional = not plain and any(p.split("/")[1:-1] == ["images"] for p in images)
+    if regional and not lists:
+        raise UsageError(f"{storage.uri} has OpenEarthMap's folders but neither train.txt nor val.txt")
+    sources = openearthmap_sources(lists, images) if regional else _folder(storage, lists, images)
+    found = _sorted(sources, storage)
+    if not found or not images:
         raise UsageError(f"{storage.uri} holds no image ({', '.join(ENDINGS)})")
-    return Layout("folder", name, classes, ignore, found)
+    known = _classes(storage, paths, classes_file)
+    if known is None and regional:
+        known = ("openearthmap", OPENEARTHMAP, (0,))
+    elif known is None and any(s.label for s in found):
+        raise UsageError(f"{storage.uri} has labels but no classes.json: add one or give --classes FILE")
+    name, classes, ignore = known or (PurePosixPath(storage.uri).name, (), ())
+    return Layout("openearthmap" if regional else "folder", name, classes, ignore, found)
+
+
+def _is_image(path: PurePosixPath) -> bool:
+    return path.suffix.lower() in ENDINGS and not path.name.startswith(".")
+
+
+def _names(storage: Storage, path: str) -> list[str]:
+    try:
+        lines = storage.read(path).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{storage.uri}/{path} is no list of names, one a line ({error.reason})") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def openearthmap_sources(lists: dict[str, list[str]], images: dict[str, int]) -> Iterator[Source]:
@@ -102,24 +138,39 @@ def openearthmap_sources(lists: dict[str, list[str]], images: dict[str, int]) ->
         for file in names:
             stem = PurePosixPath(file).stem
             region = region_of(stem)
-            image = f"{region}/images/{file}"
-            yield Source(stem, region, split, image, f"{region}/labels/{file}", images.get(image, 0))
+            image, label = f"{region}/images/{file}", f"{region}/labels/{file}"
+            yield Source(stem, region, split, image, label, images.get(image), images.get(label))
 
 
-def _folder(lists: dict[str, list[str]], images: dict[str, int]) -> Iterator[Source]:
+def _folder(storage: Storage, lists: dict[str, list[str]], images: dict[str, int]) -> Iterator[Source]:
     inside = [p for p in images if p.startswith("images/")] or [p for p in images if "/" not in p]
-    by_stem = {PurePosixPath(p).stem: p for p in inside}
-    labels = {PurePosixPath(p).stem: p for p in images if p.startswith("labels/")}
-    if not lists:
-        lists = {"train": [PurePosixPath(p).name for p in inside]}
-    for split, names in lists.items():
+    by_stem = _by_stem(storage, inside)
+    labels = _by_stem(storage, [p for p in images if p.startswith("labels/")])
+    for split, names in (lists or {"train": list(by_stem)}).items():
         for file in names:
-            stem = PurePosixPath(file).stem if PurePosixPath(file).suffix.lower() in ENDINGS else file
-            image = by_stem.get(stem, f"images/{file}")
-            yield Source(stem, region_of(stem), split, image, labels.get(stem), images.get(image, 0))
+            stem = PurePosixPath(file).stem if lists and _is_image(PurePosixPath(file)) else file
+            image, label = by_stem.get(stem, f"images/{file}"), labels.get(stem)
+            yield Source(
+                stem,
+                region_of(stem),
+                split if label else "train",  # a tile without truth can validate nothing
+                image,
+                label,
+                images.get(image),
+                images[label] if label else None,
+            )
 
 
-def _sorted(sources: Iterator[Source], storage: Storage) -> tuple[Source, ...]:
+def _by_stem(storage: Storage, paths: Iterable[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for path in paths:
+        other = found.setdefault(PurePosixPath(path).stem, path)
+        if other != path:
+            raise UsageError(f"{storage.uri}: {other} and {path} have the same name")
+    return found
+
+
+def _sorted(sources: Iterable[Source], storage: Storage) -> tuple[Source, ...]:
     by_name: dict[str, Source] = {}
     for source in sources:
         try:
@@ -136,20 +187,20 @@ def _sorted(sources: Iterator[Source], storage: Storage) -> tuple[Source, ...]:
 
 def _classes(
     storage: Storage, paths: dict[str, int], classes_file: str | None
-) -> tuple[str, tuple[LandClass, ...], tuple[int, ...]]:
+) -> tuple[str, tuple[LandClass, ...], tuple[int, ...]] | None:
     if classes_file:
         where, data = classes_file, _local(classes_file)
     elif "classes.json" in paths:
         where, data = f"{storage.uri}/classes.json", storage.read("classes.json")
     else:
-        return "openearthmap", OPENEARTHMAP, (0,)
+        return None
     try:
         fields = json.loads(data)
-        classes = tuple(LandClass(c["name"], c["color"], c["id"]) for c in fields["classes"])
+        classes = tuple(LandClass(c["name"], c["color"], int(c["id"])) for c in fields["classes"])
         ignore = tuple(int(i) for i in fields.get("ignore", []))
         ids = [c.source_id for c in classes] + list(ignore)
-        if len(set(ids)) < len(ids) or not classes:
-            raise ValueError(f"class and ignore ids must be different, got {ids}")
+        if len(set(ids)) < len(ids) or not classes or not all(0 <= i <= 255 for i in ids):
+            raise ValueError(f"class and ignore ids must be different and in 0..255, got {ids}")
         return str(fields.get("name", "folder")), classes, ignore
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{where}: not a class list ({type(error).__name__}: {error})") from error
@@ -163,71 +214,127 @@ def _local(path: str) -> bytes:
         raise UsageError(f"--classes {path}: {error.strerror}") from error
 
 
+class _Ranged(io.RawIOBase):
+    """A stored object as a file of which only what is read is fetched."""
+
+    def __init__(self, storage: Storage, path: str, size: int) -> None:
+        self.storage, self.path, self.size, self.at = storage, path, size, 0
+        self.failure: StorageError | None = None
+        """What went wrong in the storage: decoders swallow it, and it is no fault of the file."""
+
+    def readinto(self, buffer: Any) -> int:
+        length = min(len(buffer), self.size - self.at)
+        if length <= 0:
+            return 0
+        try:
+            [data] = self.storage.read_ranges(self.path, [(self.at, length)])
+        except StorageError as error:
+            self.failure = error
+            raise
+        buffer[: len(data)] = data
+        self.at += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.size}[whence]
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
 class Raster:
     """One open image: its size, its place on earth, and its pixels by windows.
 
     Args:
         storage: root.
         path: below it.
+        size: of the file, bytes; None if it is missing.
         bands: 3 for an image, 1 for a label.
-
-    Raises (on entering):
-        BadSource: missing, another format, bands or type than expected, or too large; read from the header.
     """
 
-    def __init__(self, storage: Storage, path: str, bands: int) -> None:
-        self.storage, self.path, self.bands = storage, path, bands
+    height: int
+    width: int
+
+    def __init__(self, storage: Storage, path: str, size: int | None, bands: int) -> None:
+        self.storage, self.path, self.size, self.bands = storage, path, size, bands
         self.crs: str | None = None
         self.transform: tuple[float, ...] | None = None
-        self.data = b""
+        self._ranged: _Ranged | None = None
         self._whole: np.ndarray | None = None
+        self._tiff: Any = None
 
     @contextmanager
-    def opened(self) -> Iterator["Raster"]:
-        """Read the header; close again at the end."""
-        try:
-            self.data = self.storage.read(self.path)
-        except FileNotFoundError as error:
-            raise BadSource(f"{self.path} is missing") from error
-        if PurePosixPath(self.path).suffix.lower() in _TIFF:
-            with self._opened_tiff():
-                yield self
-        else:
-            self._open_pillow()
+    def opened(self, *, header: bool = False) -> Iterator["Raster"]:
+        """Check and keep open; with `header` nothing but the header is fetched.
+
+        Raises:
+            BadSource: missing, another format, bands or type than expected, or too large: all read from the header.
+            StorageError: the storage cannot be reached (that is no fault of the file).
+        """
+        if self.size is None:
+            raise BadSource(f"{self.path} is missing")
+        with ExitStack() as stack:
+            if PurePosixPath(self.path).suffix.lower() in _TIFF:
+                self._open_tiff(stack)
+            else:
+                self._open_pillow(self._ranged_file() if header else io.BytesIO(self._fetched()))
             yield self
 
-    @contextmanager
-    def _opened_tiff(self) -> Iterator[None]:
-        import rasterio
-        from rasterio.errors import RasterioError
+    def _ranged_file(self) -> BinaryIO:
+        self._ranged = _Ranged(self.storage, self.path, self.size or 0)
+        return io.BufferedReader(self._ranged, 1 << 16)
 
-        with (
-            rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", CPL_LOG_ERRORS="OFF"),
-            rasterio.MemoryFile(self.data) as file,
-        ):
-            try:
-                raster = file.open(driver="GTiff")
-            except RasterioError as error:
-                raise self.bad(f"is no readable GeoTIFF ({_line(error)})") from error
-            with raster:
-                self.height, self.width, self._tiff = raster.height, raster.width, raster
-                self._check(raster.count, set(raster.dtypes), MAX_WINDOWED)
-                self.crs = _crs(raster.crs)
-                if not raster.transform.is_identity:
-                    self.transform = tuple(raster.transform)[:6]
-                yield
-
-    def _open_pillow(self) -> None:
-        form = _PILLOW[PurePosixPath(self.path).suffix.lower()]
+    def _fetched(self) -> bytes:
+        if (self.size or 0) > MAX_FETCHED:
+            raise BadSource(f"{self.path} has {self.size} bytes, at most {MAX_FETCHED} are fetched")
         try:
-            self._image = Image.open(io.BytesIO(self.data), formats=[form])
+            return self.storage.read(self.path)
+        except FileNotFoundError as error:
+            raise BadSource(f"{self.path} is missing") from error
+
+    def _open_tiff(self, stack: ExitStack) -> None:
+        import rasterio
+        from rasterio.errors import NotGeoreferencedWarning, RasterioError
+
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        options = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_CACHEMAX": 256, "CPL_LOG_ERRORS": "OFF"}
+        stack.enter_context(rasterio.Env(**options))
+        try:
+            local = self.storage.local_path(
+                self.path
+            )  # read by windows; GDAL cannot do that over our storage
+            source = local or stack.enter_context(rasterio.MemoryFile(self._fetched()))
+            raster = stack.enter_context(rasterio.open(source, driver="GTiff"))
+        except RasterioError as error:
+            raise self.bad(f"is no readable GeoTIFF ({_kind(self._fetched()[:16])})") from error
+        self._tiff, self.height, self.width = raster, raster.height, raster.width
+        self._check(raster.count, set(raster.dtypes), MAX_WINDOWED)
+        rows, cols = raster.block_shapes[0]
+        if rows * cols > MAX_WHOLE:
+            raise self.bad(f"is stored in blocks of {cols} x {rows} pixels, at most {MAX_WHOLE} are read")
+        self.crs = _crs(raster.crs)
+        if not raster.transform.is_identity:
+            self.transform = tuple(raster.transform)[:6]
+
+    def _open_pillow(self, file: BinaryIO) -> None:
+        form = _PILLOW[PurePosixPath(self.path).suffix.lower()]
+        head = file.read(16)
+        file.seek(0)
+        try:
+            self._image = Image.open(file, formats=[form])
         except Exception as error:  # Pillow raises many kinds for a broken header
-            raise self.bad(f"is no {form} ({_line(error)})") from error
+            raise self.bad(f"is no readable {form} ({_kind(head)})") from error
         self.width, self.height = self._image.size
-        bands = {"RGB": 3, "L": 1, "P": 1}.get(self._image.mode, len(self._image.getbands()))
-        kind = "uint8" if self._image.mode in ("RGB", "RGBA", "L", "P", "LA") else self._image.mode
-        self._check(bands, {kind}, MAX_WHOLE)
-        self._tiff = None
+        mode, names = self._image.mode, self._image.getbands()
+        self._check(len(names), {"uint8" if mode in ("RGB", "RGBA", "L", "P", "LA") else mode}, MAX_WHOLE)
 
     def _check(self, bands: int, kinds: set[str], limit: int) -> None:
         if self.height * self.width > limit:
@@ -240,11 +347,13 @@ class Raster:
 
         Raises:
             BadSource: the pixels cannot be decoded.
+            StorageError: the storage cannot be reached.
         """
         if self._tiff is not None:
             return self._read_tiff(row, col, height, width)
         if self._whole is None:
             try:
+                self._image.load()
                 self._whole = np.asarray(self._image)
             except Exception as error:  # truncated or corrupt pixel data, of whatever kind
                 raise self.bad(f"cannot be decoded ({_line(error)})") from error
@@ -255,14 +364,24 @@ class Raster:
         from rasterio.windows import Window
 
         try:
-            found = self._tiff.read(window=Window(col, row, width, height))  # type: ignore[union-attr]
+            found = self._tiff.read(window=Window(col, row, width, height))
         except RasterioError as error:
-            raise self.bad(f"cannot be decoded ({_line(error)})") from error
+            raise self.bad(f"cannot be decoded ({_line(error.__cause__ or error)})") from error
         return np.ascontiguousarray(found.transpose(1, 2, 0)) if self.bands == 3 else found[0]
 
     def bad(self, what: str) -> BadSource:
-        """The error that this file gives."""
-        return BadSource(f"{self.path} {what}", digest(self.data))
+        """The error that this file gives.
+
+        Raises:
+            StorageError: it is the storage that failed, not the file.
+        """
+        if self._ranged and self._ranged.failure:
+            raise self._ranged.failure
+        sha, size = hashlib.sha256(), self.size or 0
+        for start in range(0, size, 64 << 20):
+            span = start, min(64 << 20, size - start)
+            sha.update(self.storage.read_ranges(self.path, [span])[0])
+        return BadSource(f"{self.path} {what}", sha.hexdigest())
 
 
 def size(storage: Storage, source: Source) -> tuple[int, int]:
@@ -271,7 +390,7 @@ def size(storage: Storage, source: Source) -> tuple[int, int]:
     Raises:
         BadSource: it cannot be used.
     """
-    with Raster(storage, source.image, 3).opened() as image:
+    with Raster(storage, source.image, source.image_bytes, 3).opened(header=True) as image:
         return image.height, image.width
 
 
@@ -280,6 +399,14 @@ def _crs(crs: Any) -> str | None:
         return None
     code = crs.to_epsg()
     return f"EPSG:{code}" if code else crs.to_wkt()
+
+
+def _kind(head: bytes) -> str:
+    """What a file is, from its first bytes."""
+    if not head:
+        return "it is empty"
+    known = [kind for magic, kind in _MAGIC.items() if head.startswith(magic)]
+    return f"it is {known[0]}, broken or of another kind" if known else f"it starts with {head[:8]!r}"
 
 
 def _line(error: BaseException) -> str:

@@ -61,6 +61,10 @@ class Storage:
         """The storage rooted at a prefix of this one."""
         return Storage(f"{self.uri}/{_relative(prefix)}")
 
+    def local_path(self, path: str) -> str | None:
+        """Path of an object on this machine's disk; None in a bucket."""
+        return self._full(path) if self.is_local else None
+
     def read(self, path: str) -> bytes:
         """All bytes of one object.
 

@@ -99,6 +99,8 @@ class Dataset:
     """Pixels a split: void first, then the classes."""
     content_hash: str
     """sha256 over ids, splits and tile hashes in order of id, and the classes."""
+    dropped_pixels: int = 0
+    """Pixels of the (resized) sources that no whole window covered."""
     format: int = FORMAT
 
     def to_json(self) -> bytes:
@@ -183,6 +185,7 @@ def finish(
     tile_size: int,
     index: pa.Table,
     quarantine: Iterable[BadTile] = (),
+    dropped_pixels: int = 0,
 ) -> Dataset:
     """Write quarantine, index and, last, `dataset.json` of a store whose shards are written."""
     index = index.cast(INDEX).sort_by("tile_id")
@@ -202,6 +205,7 @@ def finish(
         tiles={s: len(t) for s, t in splits.items()},
         pixels={s: _total_pixels(t, len(classes)) for s, t in splits.items()},
         content_hash=digest.hexdigest(),
+        dropped_pixels=dropped_pixels,
     )
     bad = pa.Table.from_pylist([asdict(b) for b in quarantine], schema=QUARANTINE).sort_by("tile_id")
     for path, table in (("quarantine.parquet", bad), ("index.parquet", index)):

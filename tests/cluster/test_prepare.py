@@ -1,0 +1,340 @@
+"""Images to tile store: layouts, sizes, places on earth, bad files, kills."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from PIL import Image
+from rasterio.transform import Affine
+
+from raysed.cluster.prepare import Settings, pack, plan_grids, prepare
+from raysed.errors import DataError, UsageError
+from raysed.io import store as store_module
+from raysed.io.sources import BadSource, Raster, Source, find, openearthmap_sources
+from raysed.io.storage import Storage
+from raysed.io.store import Store, read_tiles
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def write(path: Path, pixels: np.ndarray, **keys) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".tif":
+        bands = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]
+        shape = {
+            "count": bands.shape[0],
+            "height": bands.shape[1],
+            "width": bands.shape[2],
+            "dtype": bands.dtype,
+        }
+        with rasterio.open(path, "w", driver="GTiff", **shape, **keys) as file:
+            file.write(bands)
+    else:
+        Image.fromarray(pixels).save(path)
+
+
+def folder(root: Path, count: int = 6, side: int = 96) -> Path:
+    """A plain folder of PNG images with labels 0..2."""
+    rng = np.random.default_rng(0)
+    names = [f"town_{i}" for i in range(count)]
+    for name in names:
+        write(root / f"images/{name}.png", rng.integers(0, 256, (side, side, 3), np.uint8))
+        write(root / f"labels/{name}.png", rng.integers(0, 3, (side, side)).astype(np.uint8))
+    classes = [{"id": 1, "name": "grass", "color": "#00FF00"}, {"id": 2, "name": "roof", "color": "#FF0000"}]
+    (root / "classes.json").write_text(json.dumps({"name": "town", "ignore": [0], "classes": classes}))
+    (root / "train.txt").write_text("\n".join(names[:-2]))
+    (root / "val.txt").write_text("\n".join(names[-2:]))
+    return root
+
+
+def make(root: Path, target: Path, *, budget: float = 0.0, **settings) -> dict:
+    storage = Storage(str(root))
+    return prepare(storage, find(storage), str(target), Settings(**settings), bad_budget=budget, say=quiet)
+
+
+def test_the_official_lists_plan_to_9212_and_1536_tiles(real_data):
+    lists = {s: (real_data / f"openearthmap/{s}_wo_xBD.txt").read_text().split() for s in ("train", "val")}
+    images = {f"{n.rpartition('_')[0]}/images/{n}": 1 for names in lists.values() for n in names}
+    sources = list(openearthmap_sources(lists, images))
+    assert all(s.image_bytes for s in sources)
+    assert next(s for s in sources if s.name == "san_tome_3").region == "san_tome"
+    grids = plan_grids(sources, {s.name: (512, 512) for s in sources}, 256)
+    counts = {"train": 0, "val": 0}
+    for source, rows, cols in grids:
+        counts[source.split] += rows * cols
+    assert counts == {"train": 9212, "val": 1536}
+
+
+def test_packing_takes_every_window_once_and_keeps_small_sources_whole():
+    grids = [(Source(f"s{i:02d}", "r", "train", "", None, 1, None), 3, 1 + i % 5) for i in range(30)]
+    grids.append((Source("s99", "r", "train", "", None, 1, None), 20, 20))
+    shards = pack(grids, limit=32)
+    seen = [(w.source.name, n) for shard in shards for w in shard for n in range(w.first, w.last)]
+    assert len(seen) == len(set(seen)) == sum(r * c for _, r, c in grids)
+    assert all(sum(w.last - w.first for w in shard) <= 32 for shard in shards)
+    small = [w.source.name for shard in shards for w in shard if w.source.name != "s99"]
+    assert len(small) == len(set(small))
+
+
+@pytest.mark.ray
+def test_the_content_hash_is_that_of_the_input_whatever_was_lost_on_the_way(
+    ray_session, tmp_path, monkeypatch
+):
+    root = folder(tmp_path / "in", count=8)
+    one = make(root, tmp_path / "one", tile=32)
+    assert one["tiles"] == {"train": 54, "val": 18}
+    monkeypatch.setattr("raysed.cluster.prepare.TILES_A_SHARD", 7)
+    monkeypatch.setattr("raysed.cluster.prepare.pack", lambda grids: pack(grids, 7))
+    many = make(root, tmp_path / "many", tile=32)
+    assert many["hash"] == one["hash"]
+    assert make(root, tmp_path / "many", tile=32) == many  # finished: nothing is done again
+
+    torn = tmp_path / "torn"
+    original = store_module.finish
+    monkeypatch.setattr(store_module, "finish", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        make(root, torn, tile=32)
+    monkeypatch.setattr(store_module, "finish", original)
+    for piece in sorted((torn / "pieces").iterdir())[:2]:
+        piece.unlink()
+    seen = []
+    monkeypatch.setattr("raysed.cluster.prepare._make", _recording(seen))
+    assert make(root, torn, tile=32)["hash"] == one["hash"]
+    assert seen == [2]  # only the lost shards were made again
+
+
+def _recording(seen: list[int]):
+    from raysed.cluster.prepare import _make
+
+    def recorded(items, *rest):
+        seen.append(len(items))
+        return _make(items, *rest)
+
+    return recorded
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_a_killed_prepare_continues_and_ends_with_the_same_hash(tmp_path):
+    command = [
+        sys.executable,
+        "jobs/prepare.py",
+        "--source",
+        "synthetic",
+        "--scenes",
+        "60",
+        "--tile",
+        "32",
+        "--json",
+    ]
+    target = tmp_path / "torn"
+    process = subprocess.Popen(
+        [*command, "--target", str(target)], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL
+    )
+    until = time.monotonic() + 120
+    while not list(target.glob("pieces/*.parquet")):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (target / "dataset.json").exists()
+    results = [
+        json.loads(
+            subprocess.run([*command, "--target", str(t)], cwd=ROOT, check=True, capture_output=True).stdout
+        )
+        for t in (target, tmp_path / "calm")
+    ]
+    assert results[0]["hash"] == results[1]["hash"]
+    assert results[0]["tiles"] == {"train": 3072, "val": 768}
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("resize", [None, 64])
+def test_crs_transform_and_scale_follow_resize_and_cut(ray_session, tmp_path, resize):
+    transform = Affine(0.5, 0.1, 3000.0, -0.05, -0.5, 7000.0)
+    image = np.random.default_rng(0).integers(0, 256, (128, 160, 3), np.uint8)
+    write(tmp_path / "in/images/geo_1.tif", image, crs="EPSG:32633", transform=transform)
+    make(tmp_path / "in", tmp_path / "out", tile=32, store=16, resize=resize)
+    rows = Store.open(str(tmp_path / "out")).index.to_pylist()
+    assert len(rows) == (4 if resize else 20)
+    for r in rows:
+        factor = (128 / resize, 160 / resize) if resize else (1, 1)
+        assert r["crs"] == "EPSG:32633"
+        assert r["scale"] == pytest.approx([2 * f for f in factor])
+        own = Affine(*r["transform"])
+        for y, x in ((0, 0), (16, 0), (0, 16), (7, 9)):
+            there = ((r["col"] * 32 + 2 * x) * factor[1], (r["row"] * 32 + 2 * y) * factor[0])
+            assert own @ (x, y) == pytest.approx(transform @ there)
+
+
+@pytest.mark.ray
+def test_labels_move_with_images_and_ids_become_classes(ray_session, tmp_path):
+    root = folder(tmp_path / "in")
+    make(root, tmp_path / "out", tile=32)
+    opened = Store.open(str(tmp_path / "out"))
+    for tile in read_tiles(opened.storage, opened.locations(opened.index["tile_id"].to_pylist()), 32):
+        name, _, at = tile.tile_id.rpartition("-")
+        row, col = int(at[1:4]) * 32, int(at[5:8]) * 32
+        image = np.asarray(Image.open(root / f"images/{name}.png"))[row : row + 32, col : col + 32]
+        label = np.asarray(Image.open(root / f"labels/{name}.png"))[row : row + 32, col : col + 32]
+        assert np.array_equal(tile.image, image)
+        assert np.array_equal(tile.label, label)
+    assert [c.name for c in opened.dataset.classes] == ["grass", "roof"]
+
+
+@pytest.mark.ray
+def test_images_without_labels_are_a_pool(ray_session, tmp_path):
+    for i in range(3):
+        write(tmp_path / f"in/field_{i}.jpg", np.full((64, 70, 3), 90, np.uint8))
+    result = make(tmp_path / "in", tmp_path / "out", tile=32)
+    assert result["tiles"] == {"train": 12, "val": 0}
+    assert result["dropped_pixels"] == 3 * 64 * 6
+    opened = Store.open(str(tmp_path / "out"))
+    assert opened.index["label_offset"].null_count == 12
+    tile = read_tiles(opened.storage, opened.locations(opened.index["tile_id"].to_pylist()[:1]), 32)[0]
+    assert tile.label is None
+
+
+def _bomb() -> bytes:
+    """A PNG of a few hundred bytes whose header says 60000 x 60000."""
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(out, "PNG")
+    data = bytearray(out.getvalue())
+    data[16:24] = (60000).to_bytes(4, "big") * 2
+    import zlib
+
+    data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
+    return bytes(data)
+
+
+def _damage(root: Path) -> dict[str, str]:
+    """Spoil one source in each way; source -> what its reason must say."""
+    rng = np.random.default_rng(1)
+    image = lambda n: root / f"images/town_{n}.png"  # noqa: E731
+    label = lambda n: root / f"labels/town_{n}.png"  # noqa: E731
+    image(0).write_bytes(b"this is no image")
+    image(1).write_bytes(image(1).read_bytes()[:2000])
+    write(label(2), rng.integers(0, 3, (90, 96)).astype(np.uint8))
+    write(label(3), np.full((96, 96), 9, np.uint8))
+    image(4).write_bytes(_bomb())
+    image(5).unlink()
+    write(image(6), rng.integers(0, 256, (96, 96)).astype(np.uint8))
+    image(7).write_bytes(b"")
+    write(image(8), rng.integers(0, 60000, (96, 96)).astype(np.uint16))
+    return {
+        "town_0": "is no readable PNG (it starts with",
+        "town_1": "cannot be decoded",
+        "town_2": "has 96 x 90 pixels, its image 96 x 96",
+        "town_3": "holds label code 9, expected one of [0, 1, 2]",
+        "town_4": "has 60000 x 60000 pixels",
+        "town_5": "is missing",
+        "town_6": "has 1 bands of uint8, expected 3",
+        "town_7": "is no readable PNG (it is empty)",
+        "town_8": "expected 3 of uint8",
+    }
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("resize", [None, 96])
+def test_every_kind_of_bad_file_is_quarantined_and_named(ray_session, tmp_path, resize):
+    root = folder(tmp_path / "in", count=14)
+    expected = _damage(root)
+    with pytest.raises(DataError, match=r"9 of 14 sources are unusable, --bad-budget allows 0\.1"):
+        make(root, tmp_path / "out", tile=32, resize=resize, budget=0.1)
+    assert not (tmp_path / "out/dataset.json").exists()
+    result = make(root, tmp_path / "out", tile=32, resize=resize, budget=0.9)
+    assert result["quarantined"] == 9
+    assert result["tiles"] == {"train": 27, "val": 18}
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(tmp_path / "out/quarantine.parquet").to_pylist()
+    assert {r["tile_id"] for r in rows} == expected.keys()
+    for row in rows:
+        assert expected[row["tile_id"]] in row["reason"]
+
+
+def test_a_bomb_is_refused_from_its_header(tmp_path):
+    import tracemalloc
+
+    (tmp_path / "bomb.png").write_bytes(_bomb())
+    tracemalloc.start()
+    with (
+        pytest.raises(BadSource, match="60000 x 60000"),
+        Raster(Storage(str(tmp_path)), "bomb.png", 400, 3).opened(),
+    ):
+        pass
+    assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    tracemalloc.stop()
+
+
+def test_a_disguised_format_is_refused(tmp_path):
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(out, "GIF")
+    for name in ("x.png", "x.tif"):
+        (tmp_path / name).write_bytes(out.getvalue())
+        with pytest.raises(BadSource, match="is no"), Raster(Storage(str(tmp_path)), name, 100, 3).opened():
+            pass
+
+
+@pytest.mark.ray
+def test_a_target_of_other_settings_is_refused_with_the_difference(ray_session, tmp_path):
+    root = folder(tmp_path / "in")
+    make(root, tmp_path / "out", tile=32)
+    with pytest.raises(UsageError, match="tile: 32 there, 48 now"):
+        make(root, tmp_path / "out", tile=48)
+
+
+def test_wrong_empty_and_double_sources_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="does not exist or is empty"):
+        find(Storage(str(tmp_path / "nowhere")))
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/readme.md").write_text("nothing")
+    with pytest.raises(UsageError, match="holds no image"):
+        find(Storage(str(tmp_path / "x")))
+    root = folder(tmp_path / "in")
+    (root / "val.txt").write_text("town_0\n")
+    with pytest.raises(UsageError, match="town_0 is listed twice"):
+        find(Storage(str(root)))
+    (root / "val.txt").write_text("../../etc\n")
+    with pytest.raises(UsageError, match=r"id .*is not"):
+        find(Storage(str(root)))
+    (root / "val.txt").write_text("town_5\n")
+    (root / "classes.json").write_text('{"classes": [{"id": 1, "name": "a", "color": "red"}]}')
+    with pytest.raises(UsageError, match="colour must look like"):
+        find(Storage(str(root)))
+
+
+@pytest.mark.ray
+@pytest.mark.real
+@pytest.mark.timeout(240)
+def test_the_real_tiles(ray_session, tmp_path, real_data):
+    assert make(real_data / "dubai", tmp_path / "a", tile=256, store=128)["tiles"] == {
+        "train": 1015,
+        "val": 290,
+    }
+    layout = tmp_path / "oem"
+    converter = [
+        sys.executable,
+        str(real_data / "to_openearthmap_layout.py"),
+        str(real_data / "dubai"),
+        str(layout),
+    ]
+    subprocess.run([*converter, "--crop", "1000"], check=True, capture_output=True)
+    assert find(Storage(str(layout))).kind == "openearthmap"
+    assert make(layout, tmp_path / "b", resize=512)["tiles"] == {"train": 280, "val": 80}
+    assert make(layout, tmp_path / "c", tile=256, store=64)["tiles"] == {"train": 525, "val": 150}
+    pixels = Store.open(str(tmp_path / "b")).dataset.pixels["train"]
+    assert [c for c, n in enumerate(pixels) if not n] == [2, 3, 7]  # classes that the converter never writes
