@@ -33,6 +33,15 @@ def connect() -> None:
     quiet_data()
 
 
+def _local() -> dict[str, Any]:
+    return {
+        "num_cpus": len(os.sched_getaffinity(0)),
+        "object_store_memory": OBJECT_STORE,
+        # tasks and actors that take fractions of a CPU need more processes than CPUs; Ray warns at 4 times this number
+        "_system_config": {"worker_maximum_startup_concurrency": 8},
+    }
+
+
 def quiet_data() -> None:
     """Ray Data in this process: rows keep their order, no progress bars, no chatter."""
     context = ray.data.DataContext.get_current()

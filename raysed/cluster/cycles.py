@@ -120,6 +120,7 @@ class Worker:
         torch.set_num_threads(self.threads)
         self.store = Store.open(str(self.exp.data.uri))
         self.pool = self.store.split("train")
+        self.candidates = labelled(self.pool)
         self.ledger = Ledger(Storage(str(self.exp.run)), arm.epoch)
         dataset = self.store.dataset
         self.names = [c.name for c in dataset.classes]
@@ -133,7 +134,7 @@ class Worker:
     def run(self) -> bool:
         """All cycles that are left; False if the run was asked to stop."""
         start, self.weights_hash = self._resume()
-        steps = -(-self.exp.select.budget(len(self.pool)) // self.exp.optim.batch)
+        steps = -(-self.exp.select.budget(len(self.candidates)) // self.exp.optim.batch)
         for cycle in range(start, self.exp.cycles):
             stop = self._first(lambda: ray.get(self.setup.monitor.should_stop.remote()))
             if stop:
@@ -249,7 +250,7 @@ class Worker:
             return None
         with clock.phase("score"):
             weights = {n: t.numpy() for n, t in self.learner.weights().items()}
-            ids = [t for t in self.pool["tile_id"].to_pylist() if t not in self.quarantine]
+            ids = [t for t in self.candidates if t not in self.quarantine]
             scores = score_pool(self.setup.scorers, weights, self.weights_hash, self.store.locations(ids))
         self._quarantine(scores.bad)
         return scores

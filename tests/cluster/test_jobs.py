@@ -161,6 +161,22 @@ def test_bad_tiles_beyond_the_budget_end_the_run_with_code_4(damaged_store, tmp_
     assert f"tile {victim} is quarantined" in done.stdout
 
 
+def test_divergence_ends_with_code_5(small_store, tmp_path):
+    flags = [
+        "--data",
+        small_store,
+        "--run",
+        str(tmp_path / "r"),
+        "--cycles",
+        "2",
+        *FAST,
+        "--optim.lr",
+        "1e30",
+    ]
+    assert "training diverged in cycle 0" in error_line(run("train", *flags, code=5))
+    assert not Ledger(Storage(str(tmp_path / "r"))).manifests()
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "text"),
     [
