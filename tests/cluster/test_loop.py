@@ -1,6 +1,7 @@
 """The stream, the scorers and the loop on a real local Ray."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,12 @@ import pytest
 import ray
 import torch
 
+from raysed.cluster.launch import _check_data
 from raysed.cluster.scoring import BATCH, Network, Scorer, score_pool
 from raysed.cluster.stream import Stream
-from raysed.config import AugmentConfig
+from raysed.config import AugmentConfig, Experiment
 from raysed.core.augment import augment, to_uint8
+from raysed.core.losses import class_weights
 from raysed.core.networks import build
 from raysed.core.plan import plan
 from raysed.core.randomness import keyed_rng
@@ -138,3 +141,14 @@ def test_a_bad_tile_is_left_out_of_the_scores_and_named(ray_session, weights, da
     assert [b.tile_id for b in scores.bad] == [victim]
     assert len(scores.table) == 39
     assert victim not in scores.table["tile_id"].to_pylist()
+
+
+def test_a_class_absent_from_training_is_said_and_weighs_nothing(small_store):
+    opened = Store.open(small_store)
+    pixels = {"train": [0, 5, 0, 5, 5, 5, 5, 5, 0], "val": [0, 5, 5, 5, 5, 5, 5, 5, 0]}
+    said = []
+    _check_data(Experiment(), replace(opened, dataset=replace(opened.dataset, pixels=pixels)), said.append)
+    assert [line.split()[2] for line in said] == ["rangeland", "building"]
+    assert "counts in validation" in said[0]
+    assert "nor in validation" in said[1]
+    assert class_weights(np.array(pixels["train"][1:]), 0.5)[[1, 7]].tolist() == [0, 0]
