@@ -62,39 +62,51 @@ def launch(experiment: Experiment, *, say: Callable[[str], None], hold: str | No
     arms = arms_of(experiment)
     store = Store.open(str(experiment.data.uri))
     _check_data(experiment, store, say)
-    connect()
-    _check_paths(experiment)
-    device = _device(experiment)
-    scorers = _scorer_count(experiment, device) if any(_scores(e) for _, e in arms) else 0
-    _check_resources(experiment, device, scorers)
     with ExitStack() as stack:
         held = []
         for name, arm in arms:
             lease = stack.enter_context(Lease(Storage(str(arm.run))))
             Ledger(Storage(str(arm.run)), lease.epoch).open(arm, store.dataset.content_hash)
             held.append(Arm(name, arm, lease.epoch))
-        watcher: Any = ray.remote(Monitor).options(num_cpus=0, max_concurrency=8, scheduling_strategy=_here())
-        monitor = watcher.remote()
-        pool = _start_scorers(experiment, store, device, scorers)
-        setup = Setup(tuple(held), pool, monitor, device, environment(), hold)
-        boards = {
-            a.name: TensorBoard(
-                Storage(str(a.experiment.run)), Ledger(Storage(str(a.experiment.run))).manifests()
-            )
-            for a in held
-        }
-        with _signals(monitor) as caught:
-            watch = Watch(monitor, Progress(arms, say), boards, say)
-            watch.over(_trainer(experiment, setup), experiment.cluster.wait_nodes)
+        if _complete(arms):
+            say("all cycles are committed already")
+            return 0
+        caught = _run(experiment, store, tuple(held), say, hold)
         for _, arm in arms:
             ledger = Ledger(Storage(str(arm.run)))
             ledger.write_lines(ledger.manifests())
-        for board in boards.values():
-            board.close()
-        for actor in (*pool, monitor):
-            ray.kill(actor)
-    complete = all(len(Ledger(Storage(str(e.run))).manifests()) >= e.cycles for _, e in arms)
-    return 0 if complete or not caught else errors.EXIT_INTERRUPTED[caught[0]]
+    return 0 if not caught or _complete(arms) else errors.EXIT_INTERRUPTED[caught[0]]
+
+
+def _complete(arms: list[tuple[str, Experiment]]) -> bool:
+    return all(len(Ledger(Storage(str(e.run))).manifests()) >= e.cycles for _, e in arms)
+
+
+def _run(
+    experiment: Experiment, store: Store, held: tuple[Arm, ...], say: Callable[[str], None], hold: str | None
+) -> list[int]:
+    """Start the actors and the trainer, watch until they end; the signals caught meanwhile."""
+    connect()
+    _check_paths(experiment)
+    device = _device(experiment)
+    scorers = _scorer_count(experiment, device) if any(_scores(a.experiment) for a in held) else 0
+    _check_resources(experiment, device, scorers)
+    watcher: Any = ray.remote(Monitor).options(num_cpus=0, max_concurrency=8, scheduling_strategy=_here())
+    monitor = watcher.remote()
+    pool = _start_scorers(experiment, store, device, scorers)
+    setup = Setup(held, pool, monitor, device, environment(), hold)
+    boards = {}
+    for arm in held:
+        run = Storage(str(arm.experiment.run))
+        boards[arm.name] = TensorBoard(run, Ledger(run).manifests())
+    progress = Progress([(a.name, a.experiment) for a in held], say)
+    with _signals(monitor) as caught:
+        Watch(monitor, progress, boards, say).over(_trainer(experiment, setup), experiment.cluster.wait_nodes)
+    for board in boards.values():
+        board.close()
+    for actor in (*pool, monitor):
+        ray.kill(actor)
+    return caught
 
 
 def _scores(experiment: Experiment) -> bool:

@@ -69,13 +69,17 @@ class Ledger:
             UsageError: config, data set or format differ from the run's, with the difference.
         """
         config = {"format": FORMAT, "experiment": experiment.to_dict(), "dataset_hash": dataset_hash}
-        if self.storage.create("config.json", (json.dumps(config, indent=1) + "\n").encode()):
+        body = (json.dumps(config, indent=1) + "\n").encode()
+        if self.storage.create("config.json", body):
             return
         begun, begun_hash = self.config()
         differs = {k: v for k, v in begun.differences(experiment).items() if not k.startswith(MAY_CHANGE)}
         lines = [f"{k}: {old!r} there, {new!r} now" for k, (old, new) in differs.items()]
         if begun_hash != dataset_hash:
             lines.append(f"data set: {begun_hash[:12]} there, {dataset_hash[:12]} now")
+        if lines and not self.storage.exists(f"{folder(0)}/manifest.json"):
+            self.storage.write("config.json", body)  # nothing is committed yet: begin anew
+            return
         if lines and not experiment.allow_config_change:
             raise UsageError(
                 f"run {self.storage.uri} was begun with another configuration ({'; '.join(lines)}): "

@@ -94,7 +94,8 @@ def test_a_run_killed_at_five_points_ends_equal_to_an_undisturbed_one(small_stor
     assert verify(Ledger(Storage(torn)), Store.open(small_store).split("train")) == []
     assert run("report", "--diff", calm, torn).stdout.strip().endswith("equal")
     run("report", torn, "--verify")
-    again = run("active", *flags, "--run", torn)  # nothing is left to do
+    again = run("active", *flags, "--run", torn)
+    assert "all cycles are committed already" in again.stdout
     assert "mean of the last 5 cycles" in again.stdout
 
 
@@ -113,6 +114,8 @@ def test_two_arms_make_a_summary_and_a_report(small_store, tmp_path):
         "--workers",
         "2",
         *FAST,
+        "--arch",
+        "efficientunet-b0",
     )
     summary = json.loads((out / "summary.json").read_text())
     assert list(summary["arms"]) == ["uniform", "entropy"]
@@ -136,13 +139,25 @@ def test_two_arms_make_a_summary_and_a_report(small_store, tmp_path):
     events.Reload()
     assert [e.step for e in events.Scalars("val/miou")] == [0, 1]
     refused = run(
-        "train", "--data", small_store, "--run", str(out), "--cycles", "2", "--workers", "2", *FAST, code=2
+        "train",
+        "--data",
+        small_store,
+        "--run",
+        str(out),
+        "--cycles",
+        "2",
+        "--workers",
+        "2",
+        *FAST,
+        "--arch",
+        "efficientunet-b0",
+        code=2,
     )
     assert "select.strategy: 'entropy' there, 'uniform' now" in error_line(refused)
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("arch", ["unet", "efficientunet-b0", "efficientunet-b4"])
+@pytest.mark.parametrize("arch", ["unet", "efficientunet-b4"])  # b0 commits two in the test above
 def test_every_architecture_commits_a_cycle(small_store, tmp_path, arch):
     run("train", "--data", small_store, "--run", str(tmp_path / "r"), "--cycles", "1", "--arch", arch, "--select.tiles", "4",
         "--optim.batch", "2", "--optim.micro-batch", "2")  # fmt: skip

@@ -130,6 +130,14 @@ def test_another_configuration_is_refused_with_the_difference(run):
     run.open(replace(EXP, cluster=ClusterConfig(workers=2)), "data")
 
 
+def test_a_run_that_has_committed_nothing_may_begin_anew(tmp_path):
+    ledger = Ledger(Storage(str(tmp_path)), epoch=1)
+    ledger.open(EXP, "data")
+    changed = replace(EXP, optim=OptimConfig(lr=0.1))
+    ledger.open(changed, "data")
+    assert ledger.config()[0].optim.lr == 0.1
+
+
 def test_difference_names_what_differs(run, tmp_path):
     other = Ledger(Storage(str(tmp_path / "other")), epoch=1)
     exp = replace(EXP, select=SelectConfig(strategy="entropy", tiles=5))
