@@ -12,8 +12,8 @@ DEMO = Experiment(
     cycles=6,
     baseline=True,
     select=SelectConfig(strategy="entropy"),
-    optim=OptimConfig(lr=1e-3, schedule="cosine"),
-    augment=AugmentConfig(max_noise_variance=0.005),
+    optim=OptimConfig(lr=1e-3, schedule="cosine", batch=8),
+    augment=AugmentConfig(max_noise_variance=0.0025, max_hue_shift=10),
 )
 """What `make active` runs: six cycles on the synthetic world, entropy selection against uniform, a few minutes on two cores.
 Far too short a run to judge a strategy by; it shows the system."""

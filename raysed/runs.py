@@ -15,7 +15,7 @@ from raysed.report.summary import table, write_summary
 
 DEMO_STORE = "data/synthetic"
 """Where the demo's tile store is made, once."""
-DEMO_SCENES, DEMO_TILE = 160, 128
+DEMO_SCENES, DEMO_TILE = 150, 128
 
 
 def say(line: str) -> None:

@@ -38,7 +38,7 @@ from raysed.core.step import Learner, Totals, learning_rate, resolve_precision, 
 from raysed.errors import DataError, DivergedError, RaysedError
 from raysed.io import checkpoint
 from raysed.io.ledger import Ledger, Manifest, choose, config_hash, selection_table, table_bytes
-from raysed.io.storage import Storage
+from raysed.io.storage import Storage, digest
 from raysed.io.store import BadTile, Store
 
 HOLD_SECONDS = 60.0
@@ -181,7 +181,7 @@ class Worker:
         """First cycle to run and the hash of the weights it starts from; state is loaded from the ledger."""
         last: Manifest | None = self._first(lambda: self.ledger.resume_point(self._say))
         if last is None:
-            return 0, checkpoint.digest(checkpoint.pack(self.learner.weights()))
+            return 0, digest(checkpoint.pack(self.learner.weights()))
         for name, load in (
             ("model.safetensors", self.learner.load_weights),
             ("optimizer.safetensors", self.learner.load_optimizer_state),

@@ -1,6 +1,5 @@
 """Weights and optimiser state as safetensors: nothing unpickled from storage."""
 
-import hashlib
 import re
 from pathlib import Path
 
@@ -30,11 +29,6 @@ def unpack(data: bytes, where: str) -> dict[str, Tensor]:
         return load(data)
     except SafetensorError as error:
         raise DataError(f"{where}: not safetensors ({error})") from error
-
-
-def digest(data: bytes) -> str:
-    """sha256, hex."""
-    return hashlib.sha256(data).hexdigest()
 
 
 def is_file_spec(encoder_weights: str | None) -> bool:

@@ -29,8 +29,7 @@ from raysed.config import Experiment
 from raysed.core.acquisition import STRATEGIES, Selection
 from raysed.core.randomness import keyed_rng
 from raysed.errors import DataError, RunHeldError, UsageError
-from raysed.io.checkpoint import digest
-from raysed.io.storage import Storage
+from raysed.io.storage import Storage, digest
 
 FORMAT = 1
 KEEP_EVERY = 10

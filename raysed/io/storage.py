@@ -5,6 +5,7 @@ as its URI, so every process builds its own client: a pyarrow S3 filesystem lose
 """
 
 import contextlib
+import hashlib
 import os
 import re
 import tempfile
@@ -213,6 +214,11 @@ class Storage:
 
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         return s3fs.S3FileSystem(endpoint_url=endpoint, skip_instance_cache=True)
+
+
+def digest(data: bytes) -> str:
+    """sha256, hex."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def coalesce(spans: Sequence[tuple[int, int]], gap: int) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ from torch import nn
 from raysed.core.networks import Network, UNet
 from raysed.core.plan import plan
 from raysed.core.randomness import keyed_rng
-from raysed.core.step import Learner, learning_rate, to_device
+from raysed.core.step import BatchNormStatistics, Learner, learning_rate, to_device
 
 SIDE, CLASSES, BATCH, MICRO = 16, 3, 8, 2
 IDS = [f"t{i}" for i in range(21)]  # the last step has 5 tiles: micro-batches of 2, 2, 1 and none
@@ -103,17 +103,30 @@ def test_ordered_sums_are_bit_equal_for_any_worker_count(ranks):
         assert all(torch.equal(other[name], alone[name]) for name in alone)
 
 
-def test_running_statistics_agree_with_torch_own():
-    learner = train(0, 1, norm=True, ordered=False, steps=1)
-    net = small_net(norm=True).train()
-    order = plan(IDS, 0, 0, BATCH, MICRO)
-    with torch.no_grad():
-        for _, positions in order.micro_batches(0, 0, 1):
-            images, labels = (np.stack(x) for x in zip(*map(tile, positions), strict=True))
-            net(to_device(images, labels, torch.device("cpu"))[0])
-    for name, value in net.state_dict().items():
-        if "running" in name:
-            assert torch.allclose(value, learner.weights()[name], rtol=1e-5, atol=1e-7), name
+def test_young_running_statistics_are_the_mean_of_what_was_seen_then_a_moving_average():
+    net = small_net(norm=True)
+    norm = BatchNormStatistics(net)
+    seen = [torch.full_like(norm.flat, float(v)) for v in (4, 8, 3)]
+    norm.merge(norm.now(), seen[:2])
+    assert norm.flat.unique().tolist() == [6]
+    norm.merge(norm.now(), seen[2:])
+    assert norm.flat.unique().tolist() == [5]
+    for _ in range(20):
+        norm.merge(norm.now(), seen[:1])
+    before = norm.flat.clone()
+    norm.merge(norm.now(), seen[1:2])
+    assert torch.allclose(norm.flat, torch.lerp(before, seen[1], 0.1))  # the layers' own momentum
+    assert net.net.down[0][1].num_batches_tracked == 24
+
+
+def test_one_micro_batch_gives_the_statistics_of_that_batch():
+    learner = train(0, 1, norm=True, ordered=False, steps=0)
+    x, y = to_device(*(np.stack(v) for v in zip(*map(tile, range(2)), strict=True)), torch.device("cpu"))
+    learner.step([(0, x, y)], lr=0.0, key=("k",), total=1)
+    first = learner.net.net.down[0]
+    own = first[0]((x - learner.net.mean) / learner.net.std)
+    assert torch.allclose(first[1].running_mean, own.mean((0, 2, 3)), atol=1e-5)
+    assert torch.allclose(first[1].running_var, own.var((0, 2, 3)), rtol=1e-4)
 
 
 def test_overfits_one_batch_and_resumes_bit_equal():
