@@ -11,7 +11,7 @@ The paper reports 36.5 % mean IoU in 30 h, against 44.6 % in 2.5 h for random ch
 DEMO = Experiment(
     cycles=6,
     baseline=True,
-    select=SelectConfig(strategy="entropy"),
+    select=SelectConfig(strategy="entropy", tiles=64),
     optim=OptimConfig(lr=1e-3, schedule="cosine", batch=8),
     augment=AugmentConfig(max_noise_variance=0.0025, max_hue_shift=10),
 )
