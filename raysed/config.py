@@ -331,4 +331,6 @@ def load_config(text: str, where: str) -> Experiment:
         raise UsageError(f"{where}: not JSON, line {error.lineno}: {error.msg}") from error
     if not isinstance(fields, dict):
         raise UsageError(f"{where}: expected a JSON object, got {type(fields).__name__}")
-    return Experiment.from_dict(fields, where)
+    return Experiment.from_dict(
+        fields.get("experiment", fields), where
+    )  # a run's config.json holds it one level down

@@ -20,9 +20,7 @@ def connect() -> None:
     """
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS") or ray._private.utils.read_ray_address()
-        own = (
-            {} if address else {"num_cpus": len(os.sched_getaffinity(0)), "object_store_memory": OBJECT_STORE}
-        )
+        own: dict[str, Any] = {} if address else _local()
         settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, **own}
         try:
             ray.init(address=address or "local", **settings)

@@ -95,11 +95,12 @@ def _run(
     monitor = watcher.remote()
     pool = _start_scorers(experiment, store, device, scorers)
     setup = Setup(held, pool, monitor, device, environment(), hold)
-    boards = {}
+    boards, committed = {}, {}
     for arm in held:
         run = Storage(str(arm.experiment.run))
-        boards[arm.name] = TensorBoard(run, Ledger(run).manifests())
-    progress = Progress([(a.name, a.experiment) for a in held], say)
+        manifests = Ledger(run).manifests()
+        boards[arm.name], committed[arm.name] = TensorBoard(run, manifests), len(manifests)
+    progress = Progress([(a.name, a.experiment) for a in held], committed, say)
     with _signals(monitor) as caught:
         Watch(monitor, progress, boards, say).over(_trainer(experiment, setup), experiment.cluster.wait_nodes)
     for board in boards.values():
@@ -123,9 +124,9 @@ def _check_data(experiment: Experiment, store: Store, say: Callable[[str], None]
     if not cycles.labelled(store.split("val")):
         raise UsageError(f"{store.storage.uri} has no labelled tile in split val: nothing to evaluate on")
     net = networks.build(experiment.model.arch, len(dataset.classes), experiment.seed)
-    if dataset.tile_size % net.multiple:
+    if dataset.tile_size % net.multiple or dataset.tile_size < 2 * net.multiple:
         raise UsageError(
-            f"{experiment.model.arch} needs a tile side that is a multiple of {net.multiple}, the store's is {dataset.tile_size}: "
+            f"{experiment.model.arch} needs tiles of 2, 3, ... x {net.multiple} px, the store's have {dataset.tile_size}: "
             "prepare it with another --store"
         )
     for land_class, train, val in zip(

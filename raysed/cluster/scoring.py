@@ -200,7 +200,10 @@ def score_pool(
     nodes: Counter[str] = Counter()
     for part in parts:
         nodes[part["node"]] += len(part["ids"])
-    values = np.concatenate([p["scores"] for p in parts if len(p["ids"])])
+    width = max((p["scores"].shape[1] for p in parts), default=2)
+    values = np.concatenate(
+        [np.zeros((0, width), np.float32), *(p["scores"] for p in parts if len(p["ids"]))]
+    )
     table = pa.table(
         {
             "tile_id": pa.array([t for p in parts for t in p["ids"]], pa.string()),

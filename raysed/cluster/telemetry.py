@@ -47,11 +47,14 @@ class Progress:
 
     Args:
         arms: names and experiments in the order they run.
+        committed: cycles of each that a run before has committed.
         say: prints a line.
     """
 
-    def __init__(self, arms: list[tuple[str, Experiment]], say: Callable[[str], None]) -> None:
-        self.left = {name: experiment.cycles for name, experiment in arms}
+    def __init__(
+        self, arms: list[tuple[str, Experiment]], committed: dict[str, int], say: Callable[[str], None]
+    ) -> None:
+        self.left = {name: experiment.cycles - committed[name] for name, experiment in arms}
         self.seconds: dict[str, list[float]] = {name: [] for name, _ in arms}
         self.cycles = {name: experiment.cycles for name, experiment in arms}
         self.say = say

@@ -7,6 +7,7 @@ cycle_0007/manifest.json    sizes and hashes of the files, metrics, seconds: wri
 cycles.jsonl summary.json tensorboard/ report.html     derived from the manifests, can be rebuilt
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -28,12 +29,13 @@ import pyarrow.parquet as pq
 from raysed.config import Experiment
 from raysed.core.acquisition import STRATEGIES, Selection
 from raysed.core.randomness import keyed_rng
-from raysed.errors import DataError, RunHeldError, UsageError
+from raysed.errors import DataError, RunHeldError, StorageError, UsageError
 from raysed.io.storage import Storage, digest
 
 FORMAT = 1
 KEEP_EVERY = 10
 """Weights of every tenth cycle are kept, besides those of the newest two; optimiser state of the newest two only."""
+_NEEDED = ("model.safetensors", "optimizer.safetensors", "state.json")
 MAY_CHANGE = ("run", "cluster.", "data.", "baseline", "allow_config_change")
 """Fields that may differ when a run is continued; the data set is compared by its content hash instead."""
 
@@ -123,6 +125,9 @@ class Ledger:
         Raises:
             RunHeldError: another driver has taken over, or has committed this cycle.
         """
+        self._fence()
+        if self.storage.exists(f"{folder(cycle)}/manifest.json"):
+            raise RunHeldError(f"{self.storage.uri}: cycle {cycle} was committed by another driver")
         for name, data in files.items():
             self.storage.write(f"{folder(cycle)}/{name}", data)
         sizes = {name: {"bytes": len(data), "sha256": digest(data)} for name, data in files.items()}
@@ -155,19 +160,33 @@ class Ledger:
         return pq.read_table(io.BytesIO(self.read(manifest, name)))
 
     def resume_point(self, say: Callable[[str], None]) -> Manifest | None:
-        """The newest cycle whose weights and optimiser state verify; later ones are discarded, and said so."""
+        """The newest cycle that verifies; later ones are discarded, and said so.
+
+        Raises:
+            DataError: there are cycles but none verifies; nothing is removed then.
+        """
         committed = self.manifests()
+        last = len(committed) - 1
+        bad: list[Manifest] = []
         for manifest in reversed(committed):
             try:
-                for name in ("model.safetensors", "optimizer.safetensors"):
-                    self.read(manifest, name)
+                for name in manifest.files:
+                    if name in _NEEDED or kept(name, manifest.cycle, last):
+                        self.read(manifest, name)
             except DataError as error:
                 say(f"cycle {manifest.cycle} is not used: {error}")
-                self._fence()
-                self.storage.remove(f"{folder(manifest.cycle)}/manifest.json")
+                bad.append(manifest)
                 continue
-            return manifest
-        return None
+            break
+        if committed and len(bad) == len(committed):
+            raise DataError(
+                f"{self.storage.uri}: none of its {len(committed)} committed cycles has weights and optimiser state that verify; "
+                "nothing was changed: choose another --run"
+            )
+        for manifest in bad:
+            self._fence()
+            self.storage.remove(f"{folder(manifest.cycle)}/manifest.json")
+        return committed[-1 - len(bad)] if committed else None
 
     def prune(self, last: int) -> None:
         """Remove what retention no longer keeps after cycle `last` was committed."""
@@ -184,7 +203,7 @@ class Ledger:
         self.storage.write("cycles.jsonl", ("\n".join(lines) + "\n").encode())
 
     def _fence(self) -> None:
-        if self.epoch is None or self.storage.exists(_lease(self.epoch + 1)):
+        if self.epoch is None or _newest_lease(self.storage) > self.epoch:
             raise RunHeldError(f"{self.storage.uri}: another driver has taken this run over; this one stops")
 
 
@@ -316,6 +335,11 @@ def _lease(epoch: int) -> str:
     return f"leases/{epoch:06d}.json"
 
 
+def _newest_lease(storage: Storage) -> int:
+    numbers = [int(m[1]) for p in storage.list("leases") if (m := re.fullmatch(r"leases/(\d{6})\.json", p))]
+    return max(numbers, default=0)
+
+
 class Lease:
     """The right to write a run directory.  Taking over creates the next number, which only one can; the old holder, should it
     wake up, sees the higher number and stops.
@@ -337,7 +361,7 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "Lease":
-        last = self._last()
+        last = _newest_lease(self.storage)
         if last:
             self._await_death(last)
         if not self.storage.create(_lease(last + 1), self._body(0)):
@@ -353,14 +377,8 @@ class Lease:
         self._stop.set()
         if self._thread:
             self._thread.join(BEAT_SECONDS * 2)
-        if not self.storage.exists(_lease(self.epoch + 1)):
+        if _newest_lease(self.storage) == self.epoch:
             self.storage.write(_lease(self.epoch), self._body(-1))
-
-    def _last(self) -> int:
-        numbers = [
-            int(m[1]) for p in self.storage.list("leases") if (m := re.fullmatch(r"leases/(\d{6})\.json", p))
-        ]
-        return max(numbers, default=0)
 
     def _body(self, beat: int) -> bytes:
         return json.dumps({**self._me, "beat": beat}).encode()
@@ -369,7 +387,8 @@ class Lease:
         beat = 0
         while not self._stop.wait(BEAT_SECONDS):
             beat += 1
-            self.storage.write(_lease(self.epoch), self._body(beat))
+            with contextlib.suppress(StorageError):  # one that cannot be written is missed, the next may be
+                self.storage.write(_lease(self.epoch), self._body(beat))
 
     def _await_death(self, epoch: int) -> None:
         began, first = time.monotonic(), None

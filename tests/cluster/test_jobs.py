@@ -200,7 +200,11 @@ def test_divergence_ends_with_code_5(small_store, tmp_path):
         (["--data", "STORE", "--select.tiles", "1000"], 2, "asks for 1000 tiles a cycle, the pool has 128"),
         (["--data", "STORE", "--arch", "unett"], 2, "did you mean 'unet'?"),
         (["--data", "STORE", "--select", "entropi"], 2, "select.strategy must be one of uniform, entropy"),
-        (["--data", "STORE", "--workers", "8", "--optim.micro-batch", "1"], 7, "and a CPU for each worker"),
+        (
+            ["--data", "STORE", "--workers", "4096", "--optim.batch", "4096", "--optim.micro-batch", "1"],
+            7,
+            "and a CPU for each worker",
+        ),
         (["--data", "STORE", "--model.encoder-weights", "/nowhere.pth", *FAST], 2, "no file /nowhere.pth"),
         (["--data", "s3://key:secret@bucket/x"], 2, "must hold no credentials"),
     ],

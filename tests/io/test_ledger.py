@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from raysed.config import ClusterConfig, Experiment, OptimConfig, SelectConfig
-from raysed.errors import RunHeldError, UsageError
+from raysed.errors import DataError, RunHeldError, UsageError
 from raysed.io import ledger as module
 from raysed.io.ledger import (
     Lease,
@@ -99,6 +99,22 @@ def test_resume_falls_back_to_the_last_good_cycle_and_says_so(run):
     assert run.resume_point(said.append).cycle == 2
     assert "cycle 3 is not used" in said[0]
     assert len(run.manifests()) == 3
+
+
+def test_a_run_without_any_good_cycle_is_refused_and_left_alone(run):
+    for cycle in range(4):
+        run.storage.write(f"{folder(cycle)}/model.safetensors", b"rotten")
+    with pytest.raises(DataError, match="none of its 4 committed cycles"):
+        run.resume_point(lambda _: None)
+    assert len(run.manifests()) == 4
+
+
+def test_a_driver_overtaken_twice_writes_nothing(run):
+    before = run.storage.read(f"{folder(3)}/model.safetensors")
+    run.storage.write("leases/000004.json", b"{}")  # epochs 2 and 3 have come and gone
+    with pytest.raises(RunHeldError, match="taken this run over"):
+        run.commit(3, {"model.safetensors": b"zombie"}, dict)
+    assert run.storage.read(f"{folder(3)}/model.safetensors") == before
 
 
 def test_retention_keeps_the_newest_two_and_every_tenth(tmp_path):
