@@ -4,9 +4,10 @@ python jobs/report.py RUN                 rebuild cycles.jsonl, summary.json and
 python jobs/report.py RUN --verify        replay every selection, check every hash (exit 4 if something does not hold)
 python jobs/report.py --diff RUN OTHER    exit 0 if they are equal but for seconds and names, 1 if not
 python jobs/report.py RUN --results DIR   small text and figure files of the run, for keeping in a repository
+
+RUN is a local path or s3://bucket/prefix; a run with a baseline is taken with both arms.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from raysed.errors import DataError, UsageError
 from raysed.io.ledger import difference, verify
 from raysed.io.storage import Storage
 from raysed.io.store import Store
-from raysed.report import figures
-from raysed.report.html import CURVES, write_report
+from raysed.report.html import write_report
+from raysed.report.results import result_files
 from raysed.report.summary import arms_of, table, write_summary
 
 
@@ -26,8 +27,12 @@ def job(argv: Sequence[str]) -> int:
     parser.add_argument("--verify", action="store_true", help="check hashes and replay selections")
     parser.add_argument("--diff", nargs=2, metavar=("RUN", "OTHER"), help="compare two runs")
     parser.add_argument("--results", metavar="DIR", help="folder for summary, cycles, table and figures")
-    parser.add_argument("--data", metavar="URI", help="tile store, if it has moved since the run")
+    parser.add_argument(
+        "--data", metavar="URI", help="tile store to verify with, if it has moved since the run"
+    )
     args = parser.parse(argv)
+    if args.diff and (args.run or args.verify or args.results):
+        raise UsageError("--diff takes two runs and goes with nothing else")
     if args.diff:
         return compare(*args.diff)
     if not args.run:
@@ -53,13 +58,22 @@ def compare(one: str, other: str) -> int:
 
 
 def check(run: Storage, data: str | None) -> None:
-    """Verify all arms; raise if something does not hold."""
+    """Verify all arms; print what does not hold and raise."""
+    faults, cycles = [], 0
     for name, (ledger, manifests) in arms_of(run).items():
-        uri = data or str(ledger.config()[0].data.uri)
-        faults = verify(ledger, Store.open(uri).split("train"))
-        if faults:
-            raise DataError(f"{run.uri}, {name}: {len(faults)} faults: {'; '.join(faults[:5])}")
-        print(f"{name}: verified, {len(manifests)} cycles: all hashes hold, all selections replay")
+        experiment, dataset_hash = ledger.config()
+        store = Store.open(data or str(experiment.data.uri))
+        if store.dataset.content_hash != dataset_hash:
+            raise UsageError(
+                f"{store.storage.uri} holds data set {store.dataset.content_hash[:12]}, {name} of {run.uri} ran on "
+                f"{dataset_hash[:12]}: give its store with --data"
+            )
+        faults += [f"{name}: {fault}" for fault in verify(ledger, store.split("train"))]
+        cycles += len(manifests)
+    if faults:
+        print("\n".join(faults))
+        raise DataError(f"{run.uri} does not verify: {len(faults)} faults, the first is {faults[0]}")
+    print(f"verified: {cycles} cycles, all hashes hold, all selections replay")
 
 
 def rebuild(run: Storage) -> None:
@@ -67,30 +81,16 @@ def rebuild(run: Storage) -> None:
     for ledger, manifests in arms_of(run).values():
         ledger.write_lines(manifests)
     print(table(write_summary(run)))
-    print(f"\nsummary  {run.uri}/summary.json\nreport   {write_report(run)}")
+    print(f"\ncycles   {run.uri}/cycles.jsonl\nsummary  {run.uri}/summary.json\nreport   {write_report(run)}")
 
 
 def write_results(run: Storage, folder: Path) -> None:
     """The files of a reported experiment."""
+    files = result_files(run)
     folder.mkdir(parents=True, exist_ok=True)
-    summary = write_summary(run)
-    arms = {name: manifests for name, (_, manifests) in arms_of(run).items() if manifests}
-    summary["config"]["run"] = summary["config"]["data"]["uri"] = None  # paths of one machine
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    for name, manifests in arms.items():
-        lines = [json.dumps({"cycle": m.cycle, **m.record}) for m in manifests]
-        (folder / f"cycles-{name}.jsonl").write_text("\n".join(lines) + "\n")
-    for name, svg in (
-        ("curves", figures.metric_curves(arms, CURVES)),
-        ("classes", figures.class_curves(arms)),
-        ("seconds", figures.seconds_bars(arms)),
-    ):
-        (folder / f"{name}.svg").write_text(svg)
-    hardware = ", ".join(f"{k} {v}" for k, v in summary["hardware"].items())
-    (folder / "table.md").write_text(
-        f"Command: `{summary['command']}`  \nCommit: {summary['commit']}  \nHardware: {hardware}\n\n```\n{table(summary)}\n```\n"
-    )
-    print(f"results  {folder}")
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    print(f"results  {folder}: {' '.join(files)}")
 
 
 if __name__ == "__main__":

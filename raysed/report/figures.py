@@ -1,7 +1,15 @@
-"""Figures of a run as SVG text.  An arm has the same colour everywhere; colours are safe for the colour-blind."""
+"""Figures of a run as SVG text.  An arm has the same colour everywhere; colours are safe for the colour-blind.
+
+Text stays text (a quarter of the bytes of outlines, and a page can colour it); lines and ticks are a grey that reads on light
+and dark.
+"""
 
 import io
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 import matplotlib as mpl
@@ -12,152 +20,216 @@ from matplotlib.ticker import MaxNLocator
 
 from raysed.io.ledger import Manifest
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777", "#000000")
+Arms = dict[str, list[Manifest]]
 WINDOW = 10
 """Cycles of the moving average, as in the paper's figures."""
-Arms = dict[str, list[Manifest]]
-PHASES = ("score", "select", "stall", "train", "evaluate", "commit", "other")
+ARM_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+POOL_COLOR = "#999999"
+PHASES = {
+    "score": "#882255",
+    "select": "#CC6677",
+    "stall": "#DDCC77",
+    "train": "#44AA99",
+    "evaluate": "#88CCEE",
+    "commit": "#6655BB",
+    "other": "#999999",
+}
+"""Phase of a cycle -> colour; none is the colour of an arm."""
+PANEL = (3.4, 2.2)
+"""Width and height of a panel, inches."""
+WIDE = 4.4
+"""Width of a wide panel, inches."""
+_GREY = "#8a8f96"
+_STYLE = mpl.rc_context(
+    {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "raysed",
+        "text.parse_math": False,  # a $ in a class name is a dollar sign
+        "font.family": ["DejaVu Sans", "sans-serif"],
+        "font.sans-serif": ["DejaVu Sans"],
+        "font.size": 8,
+        "axes.titlesize": 9,
+        "axes.edgecolor": _GREY,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "grid.color": _GREY,
+        "grid.alpha": 0.25,
+        "grid.linewidth": 0.5,
+        "xtick.color": _GREY,
+        "ytick.color": _GREY,
+        "xtick.labelcolor": "black",
+        "ytick.labelcolor": "black",
+        "legend.frameon": False,
+        "path.simplify_threshold": 0.3,
+    }
+)
+
+
+def color_of(arms: Sequence[str] | Mapping[str, Any], arm: str) -> str:
+    """Colour of an arm, by its place among all arms."""
+    return ARM_COLORS[list(arms).index(arm) % len(ARM_COLORS)]
 
 
 def moving_average(values: Sequence[float], window: int = WINDOW) -> np.ndarray:
-    """Mean of the last `window` values up to each position (fewer at the start)."""
-    sums = np.cumsum([0.0, *values])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    """Mean of the last `window` values up to each position (fewer at the start); nan does not count."""
+    windows = [
+        [v for v in values[max(0, i - window) : i] if not math.isnan(v)] for i in range(1, len(values) + 1)
+    ]
+    return np.array([sum(w) / len(w) if w else math.nan for w in windows])
 
 
-def metric_curves(arms: Arms, metrics: Sequence[tuple[str, str]]) -> str:
+@_STYLE
+def metric_curves(arms: Arms, metrics: Sequence[tuple[str, str]], *, legend: bool = True) -> str:
     """Curves over cycles, raw thin and moving average thick, one panel a metric.
 
     Args:
         arms: name -> committed cycles.
         metrics: (group, name) of the record, such as ("val", "miou").
+        legend: name the arms in the first panel.
     """
-    columns = min(3, len(metrics))
-    figure = _figure(3.4 * columns, 2.5 * -(-len(metrics) // columns))
-    for k, (group, name) in enumerate(metrics, start=1):
-        axes = figure.add_subplot(-(-len(metrics) // columns), columns, k)
-        for color, (arm, manifests) in zip(COLORS, arms.items(), strict=False):
-            values = [m.record[group][name] for m in manifests]
-            _curve(axes, values, color, arm)
-        axes.set_title(f"{group} {name}", fontsize=9)
-        axes.set_xlabel("cycle", fontsize=8)
-        if k == 1:
-            axes.legend(fontsize=8, frameon=False)
-    return _svg(figure)
+    panels = [(f"{group} {n}" if n == "loss" else n, (group, n)) for group, n in metrics]
+    return _svg(_curves(arms, panels, columns=3, legend=legend))
 
 
-def class_curves(arms: Arms) -> str:
-    """Validation IoU of each class over cycles."""
-    names = list(next(iter(arms.values()))[-1].record["val"]["iou"])
-    rows = -(-len(names) // 4)
-    figure = _figure(10.2, 2.1 * rows)
-    for k, name in enumerate(names, start=1):
-        axes = figure.add_subplot(rows, 4, k)
-        for color, (arm, manifests) in zip(COLORS, arms.items(), strict=False):
-            values = [m.record["val"]["iou"][name] for m in manifests]
-            if None not in values:
-                _curve(axes, values, color, arm)
-        axes.set_title(name, fontsize=9)
-        axes.set_xlabel("cycle", fontsize=8)
+@_STYLE
+def class_curves(arms: Arms, names: Sequence[str], *, legend: bool = True) -> str:
+    """Validation IoU of classes over cycles, one panel a class."""
+    figure = _curves(arms, [(n, ("val", "iou", n)) for n in names], columns=4, legend=legend)
+    for axes in figure.axes:
         axes.set_ylim(0, 1)
     return _svg(figure)
 
 
-def seconds_bars(arms: Arms) -> str:
-    """Seconds by phase of every cycle, stacked, one panel an arm."""
-    figure = _figure(10.2, 2.4)
-    top = max(m.record["seconds"]["total"] for manifests in arms.values() for m in manifests)
-    for k, (arm, manifests) in enumerate(arms.items(), start=1):
-        axes = figure.add_subplot(1, len(arms), k)
-        base = np.zeros(len(manifests))
-        for color, phase in zip(COLORS, PHASES, strict=False):
-            height = np.array([m.record["seconds"].get(phase, 0.0) for m in manifests])
-            axes.bar(
-                [m.cycle + 1 for m in manifests], height, bottom=base, color=color, label=phase, width=0.9
-            )
-            base += height
-        axes.set_title(f"{arm}: seconds a cycle", fontsize=9)
-        axes.set_ylim(0, top * 1.05)
-        axes.legend(fontsize=7, frameon=False, ncols=4)
-    return _svg(figure)
-
-
-def selection_curves(selected: dict[str, list[list[str]]], pool: int) -> str:
-    """How selection moves over the pool: share of tiles seen at least once, and share repeated from the cycle before.
+@_STYLE
+def seconds_bars(arms: Arms, shown: Sequence[str], *, legend: bool = True) -> str:
+    """Seconds by phase of every cycle, stacked, one panel an arm.
 
     Args:
-        selected: arm -> tile ids of each cycle.
-        pool: tiles that could be selected.
+        arms: name -> committed cycles; they share one scale.
+        shown: arms that get a panel.
+        legend: name the phases below.
     """
-    figure = _figure(6.8, 2.4)
-    seen_axes, repeat_axes = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
-    for color, (arm, cycles) in zip(COLORS, selected.items(), strict=False):
-        seen: set[str] = set()
-        coverage, repeats = [], []
-        for before, now in zip([[], *cycles], cycles, strict=False):
-            seen |= set(now)
-            coverage.append(len(seen) / pool)
-            repeats.append(len(set(before) & set(now)) / len(now))
-        seen_axes.plot(range(1, len(cycles) + 1), coverage, color=color, label=arm)
-        repeat_axes.plot(range(2, len(cycles) + 1), repeats[1:], color=color)
-    for axes, title in (
-        (seen_axes, "share of the pool seen so far"),
-        (repeat_axes, "share repeated from the cycle before"),
-    ):
-        axes.set_title(title, fontsize=9)
-        axes.set_ylim(0, 1.02)
-        axes.set_xlabel("cycle", fontsize=8)
-    seen_axes.legend(fontsize=8, frameon=False)
+    figure = _figure(WIDE * len(shown), PANEL[1], fixed_margins=len(shown) == 1 and not legend)
+    for axes, arm in zip(_axes(figure, len(shown), len(shown)), shown, strict=True):
+        manifests = arms[arm]
+        base = np.zeros(len(manifests))
+        for phase, color in PHASES.items():
+            top = base + [m.record["seconds"].get(phase, 0.0) for m in manifests]
+            axes.stairs(
+                top, np.arange(len(top) + 1) + 0.5, baseline=base, fill=True, color=color, label=phase
+            )
+            base = top
+        axes.set_title(f"{arm}: seconds a cycle")
+        _cycles(axes)
+    highest = max(m.record["seconds"]["total"] for manifests in arms.values() for m in manifests)
+    for axes in figure.axes:
+        axes.set_ylim(0, highest * 1.05)
+    if legend:
+        figure.legend(
+            *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(PHASES)
+        )
     return _svg(figure)
 
 
+@_STYLE
+def share_curves(arms: dict[str, list[float]], title: str, *, first: int) -> str:
+    """One share (0..1) over cycles.
+
+    Args:
+        arms: name -> values.
+        title: of the panel.
+        first: number of the cycle of the first value.
+    """
+    figure = _figure(WIDE, PANEL[1], fixed_margins=True)
+    axes = _axes(figure, 1, 1)[0]
+    for arm, values in arms.items():
+        at = range(first, first + len(values))
+        axes.plot(at, values, color=color_of(arms, arm), marker="." if len(values) == 1 else None)
+    axes.set_title(title)
+    axes.set_ylim(0, 1.02)
+    _cycles(axes)
+    return _svg(figure)
+
+
+@_STYLE
 def share_bars(pool: dict[str, float], arms: dict[str, dict[str, float]], title: str) -> str:
-    """Shares of the selected tiles beside those of the pool.
+    """Shares of the selected tiles beside those of the pool, as horizontal bars.
 
     Args:
         pool: name (class or region) -> share.
         arms: the same for each arm.
         title: of the figure.
     """
-    names = list(pool)
-    figure = _figure(10.2, 2.4)
-    axes = figure.add_subplot()
-    groups = {"pool": pool, **arms}
-    width = 0.8 / len(groups)
-    colors = dict(zip(arms, COLORS, strict=False)) | {"pool": "#999999"}
-    for k, (group, shares) in enumerate(groups.items()):
-        at = np.arange(len(names)) + (k - (len(groups) - 1) / 2) * width
-        axes.bar(at, [shares.get(n, 0.0) for n in names], width, color=colors[group], label=group)
-    axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
-    axes.set_title(title, fontsize=9)
-    axes.legend(fontsize=8, frameon=False)
+    figure = _figure(WIDE, 0.5 + (0.16 * len(arms) + 0.22) * len(pool), fixed_margins=False)
+    axes = _axes(figure, 1, 1)[0]
+    groups = {"pool": (POOL_COLOR, pool)} | {a: (color_of(arms, a), s) for a, s in arms.items()}
+    thick = 0.8 / len(groups)
+    for k, (group, (color, shares)) in enumerate(groups.items()):
+        at = np.arange(len(pool)) + (k - (len(groups) - 1) / 2) * thick
+        axes.barh(at, [shares.get(n, 0.0) for n in pool], thick, color=color, label=group)
+    axes.set_yticks(range(len(pool)), [_short(n) for n in pool])
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set_title(title)
     return _svg(figure)
 
 
-def _curve(axes: Any, values: list[float], color: str, label: str) -> None:
-    cycles = range(1, len(values) + 1)
-    axes.plot(cycles, values, color=color, alpha=0.3, linewidth=0.8)
-    axes.plot(cycles, moving_average(values), color=color, linewidth=1.6, label=label)
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasSVG(figure)
+def _curves(
+    arms: Arms,
+    panels: Sequence[tuple[str, tuple[str, ...]]],
+    *,
+    columns: int,
+    legend: bool,
+) -> Figure:
+    """Panels of a title and the keys that lead to the value in a cycle's record; a value of None leaves a gap."""
+    columns = min(columns, len(panels))
+    figure = _figure(
+        PANEL[0] * columns, PANEL[1] * -(-len(panels) // columns), fixed_margins=len(panels) == 1
+    )
+    for axes, (title, keys) in zip(_axes(figure, len(panels), columns), panels, strict=True):
+        for arm, manifests in arms.items():
+            at = [m.cycle + 1 for m in manifests]
+            found: list[Any] = [reduce(getitem, keys, m.record) for m in manifests]
+            values = [math.nan if v is None else v for v in found]
+            color = color_of(arms, arm)
+            axes.plot(at, values, color=color, alpha=0.45, linewidth=0.8)
+            mark = "." if len(at) == 1 else None
+            axes.plot(at, moving_average(values), color=color, linewidth=1.8, label=arm, marker=mark)
+        axes.set_title(_short(title))
+        _cycles(axes)
+    if legend:
+        figure.axes[0].legend()
     return figure
 
 
+def _short(name: str) -> str:
+    return name if len(name) <= 28 else f"{name[:27]}…"
+
+
+def _cycles(axes: Any) -> None:
+    axes.set_xlabel("cycle")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+
+
+def _figure(width: float, height: float, *, fixed_margins: bool) -> Figure:
+    """A figure in inches.  Fixed margins suit a single panel with numbers at its axes and halve the time to draw it."""
+    figure = Figure(figsize=(width, height), layout=None if fixed_margins else "constrained")
+    FigureCanvasSVG(figure)
+    if fixed_margins:
+        figure.subplots_adjust(0.52 / width, 0.42 / height, 1 - 0.08 / width, 1 - 0.26 / height)
+    return figure
+
+
+def _axes(figure: Figure, count: int, columns: int) -> list[Any]:
+    return [figure.add_subplot(-(-count // columns), columns, k) for k in range(1, count + 1)]
+
+
 def _svg(figure: Figure) -> str:
-    for axes in figure.axes:
-        axes.tick_params(labelsize=7)
-        if axes.get_xlabel() == "cycle":
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25, linewidth=0.5)
     out = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": "raysed"}):
-        figure.savefig(
-            out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )
-    return out.getvalue()[out.getvalue().index("<svg") :]
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = out.getvalue()[out.getvalue().index("<svg") :]
+    return re.sub(
+        r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg
+    )  # 1/100 point will do

@@ -1,43 +1,24 @@
 """`report.html`: one self-contained page about a run, for a phone or a desk, light or dark; it asks no network for anything."""
 
-import json
-from collections import Counter
+import re
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
+from raysed.config import flatten
 from raysed.errors import RaysedError
 from raysed.io.ledger import Ledger, Manifest
 from raysed.io.storage import Storage
 from raysed.io.store import Store
-from raysed.report import figures
-from raysed.report.gallery import Picture, gallery
-from raysed.report.summary import SCALARS, arms_of, summarise
+from raysed.report import figures, selection
+from raysed.report.gallery import gallery
+from raysed.report.results import CURVES
+from raysed.report.style import STYLE
+from raysed.report.summary import DEFINITIONS, SCALARS, arms_of, summarise
 
-DEFINITIONS = {
-    "miou": "mean of the class IoU over the classes that have pixels in the validation truth; void pixels are ignored",
-    "iou_micro": "IoU over the pixels of all classes together",
-    "iou_frequency_weighted": "class IoU weighted by the class's share of truth pixels",
-    "pixel_accuracy": "share of the known pixels that are right",
-    "iou_variance": "population variance of the class IoU, in squared percentage points, as in the paper's table 2",
-    "iou_cv": "standard deviation of the class IoU over its mean: evenness that does not reward low values",
-    "iou_worst": "IoU of the worst class",
-    "soft_iou": "legacy soft IoU without argmax, averaged over batches, absent classes counting 0, as in OpenEarthMap's code",
-    "loss": "validation focal loss a known pixel",
-}
-CURVES = [("train", "loss"), *(("val", name) for name in ("loss", *SCALARS[:-1]))]
-STYLE = """
-:root{color-scheme:light dark;--ink:#1c1f23;--paper:#fff;--line:#d9dde2;--soft:#f4f6f8;--quiet:#5b6470}
-@media(prefers-color-scheme:dark){:root{--ink:#e6e9ed;--paper:#15181c;--line:#333a42;--soft:#1d2126;--quiet:#9aa4af}}
-*{box-sizing:border-box}body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
-main{max-width:1080px;margin:0 auto;padding:24px 16px 64px}h1{font-size:1.5rem;margin:0}h2{font-size:1.1rem;margin:40px 0 8px}
-p{margin:.4em 0;max-width:75ch}.quiet{color:var(--quiet);font-size:.9em}.scroll{overflow-x:auto}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}th,td{padding:4px 12px 4px 0;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-th:first-child,td:first-child{text-align:left}.swatch{display:inline-block;width:.9em;height:.9em;border:1px solid var(--quiet);margin-right:.5em;vertical-align:-.1em}
-.figure{background:#fff;border:1px solid var(--line);border-radius:6px;padding:8px;margin:8px 0;overflow-x:auto}.figure svg{width:100%;min-width:640px;height:auto}
-.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:16px}.tile{background:var(--soft);border-radius:6px;padding:8px}
-.tile div{display:grid;grid-template-columns:repeat(4,1fr);gap:4px}.tile img{width:100%;display:block;image-rendering:pixelated}.tile small{color:var(--quiet)}
-pre{background:var(--soft);padding:12px;border-radius:6px;overflow-x:auto;font-size:.85em}dt{font-weight:600}dd{margin:0 0 .5em}
-"""
+REGIONS = 16
+"""Largest regions of the pool that are shown."""
+Committed = dict[str, tuple[Ledger, list[Manifest]]]
 
 
 def write_report(run: Storage) -> str:
@@ -51,174 +32,238 @@ def write_report(run: Storage) -> str:
 
 
 def page(run: Storage) -> str:
-    """The page as text."""
-    summary, arms = summarise(run), arms_of(run)
-    committed = {name: manifests for name, (_, manifests) in arms.items() if manifests}
-    title = escape(f"raysed run {run.uri.rpartition('/')[2]}")
+    """The page as text.  What cannot be read (a moved store, damaged files) is named in its place."""
+    summary = summarise(run)
+    committed = {name: (ledger, m) for name, (ledger, m) in arms_of(run).items() if m}
+    title = escape(f"raysed: {run.uri.rpartition('/')[2]}")
     body = [f"<h1>{title}</h1>", _subtitle(summary)]
-    if committed:
-        own, last = arms[list(committed)[-1]][0], committed[list(committed)[-1]][-1]
-        store, note = _store(summary)
-        body += [
-            _section("Result", _headline(summary)),
-            _section("Classes", _classes(summary, store)),
-            _section(
-                "Curves",
-                _figure(figures.metric_curves(committed, CURVES)),
-                "Thin: each cycle. Thick: mean of the last ten.",
-            ),
-            _section("IoU by class", _figure(figures.class_curves(committed))),
-            _section("Seconds", _figure(figures.seconds_bars(committed)), _ratios(summary)),
-            _section("Selection", _selection(arms, store)),
-            _section(
-                "Tiles",
-                _gallery(own, last, store),
-                note or "Image, label, prediction, entropy (bright is unsure).",
-            ),
-        ]
-    else:
-        body.append("<p>No cycle is committed yet.</p>")
+    body += _results(summary, committed) if committed else ["<p>No cycle is committed yet.</p>"]
     body += [
-        _section("What the numbers mean", _definitions()),
-        _section("Configuration", _configuration(summary)),
+        _section("What the numbers mean", _pairs(DEFINITIONS)),
+        _section("Configuration", _pairs(dict(flatten(summary["config"])))),
+        _section("Environment", _pairs(_environment(summary))),
     ]
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head>'
         f"<body><main>{''.join(body)}</main></body></html>"
     )
 
 
+def _results(summary: dict[str, Any], committed: Committed) -> list[str]:
+    arms = {name: manifests for name, (_, manifests) in committed.items()}
+    store, trouble = _store(summary)
+    names = list(next(iter(summary["arms"].values()))["iou"])
+    curves = [figures.metric_curves(arms, [metric], legend=False) for metric in CURVES]
+    classes = [figures.class_curves(arms, [name], legend=False) for name in names]
+    thin = f"Thin: each cycle. Thick: mean of the last {figures.WINDOW}."
+    last = {name: (ledger, manifests[-1]) for name, (ledger, manifests) in committed.items()}
+    return [
+        _section("Result", f'<div class="headline">{_headline(summary)}</div>'),
+        _section("Classes", _classes(summary, store)),
+        _section("Curves", _legend(_colors(arms)) + _panels(curves), thin),
+        _section("IoU by class", _legend(_colors(arms)) + _panels(classes), thin),
+        _section("Seconds", _seconds(summary) + _bars(arms)),
+        _section("Selection", _or_why(lambda: _selection(committed, store)), trouble),
+        _section("Tiles", _or_why(lambda: _tiles(last, store)) if store else "", trouble or _guide(last)),
+    ]
+
+
 def _section(title: str, content: str, note: str = "") -> str:
-    below = f'<p class="quiet">{escape(note)}</p>' if note else ""
-    return f"<h2>{escape(title)}</h2>{below}{content}"
+    above = f'<p class="quiet">{escape(note)}</p>' if note else ""
+    return f"<section><h2>{escape(title)}</h2>{above}{content}</section>"
 
 
-def _figure(svg: str) -> str:
-    return f'<div class="figure">{svg}</div>'
+def _or_why(content: Callable[[], str]) -> str:
+    """The content, or why there is none."""
+    try:
+        return content()
+    except RaysedError as error:
+        return f'<p class="trouble">Not shown: {escape(str(error))}</p>'
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    """An HTML table; cells are HTML already."""
-    top = "".join(f"<th>{h}</th>" for h in head)
-    body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)
+def _panels(svgs: Sequence[str], kind: str = "") -> str:
+    """Figures side by side where there is room.  Their XML namespaces and metadata mean nothing in HTML."""
+    cleaned = [
+        re.sub(r"<metadata>.*?</metadata>|<!--.*?-->| xmlns(:xlink)?=\"[^\"]*\"", "", s, flags=re.S)
+        for s in svgs
+    ]
+    return f'<div class="panels {kind}">{"".join(f"<figure>{s}</figure>" for s in cleaned)}</div>'
+
+
+def _colors(arms: Sequence[str] | dict[str, Any]) -> dict[str, str]:
+    return {arm: figures.color_of(arms, arm) for arm in arms}
+
+
+def _swatch(color: str) -> str:
+    return f'<i style="background:{escape(color)}"></i>'
+
+
+def _legend(colors: dict[str, str]) -> str:
+    return (
+        '<p class="legend">'
+        + "".join(f"<span>{_swatch(c)}{escape(n)}</span>" for n, c in colors.items())
+        + "</p>"
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """An HTML table; cells are HTML already, those of the first column are its heads."""
+    top = "".join(f'<th scope="col">{h}</th>' for h in head)
+    body = "".join(
+        f'<tr><th scope="row">{row[0]}</th>' + "".join(f"<td>{c}</td>" for c in row[1:]) + "</tr>"
+        for row in rows
+    )
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    rows = "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in values.items())
+    return f'<dl class="pairs">{rows}</dl>'
 
 
 def _subtitle(summary: dict[str, Any]) -> str:
     config = summary["config"]
-    parts = [config["model"]["arch"], f"seed {config['seed']}", f"data {summary['dataset_hash'][:12]}"]
+    parts = [config["model"]["arch"], f"seed {config['seed']}", f"data set {summary['dataset_hash'][:12]}"]
     if "hardware" in summary:
         hardware = summary["hardware"]
-        parts += [
-            f"{hardware['cores']} cores of {hardware['cpu']}",
-            str(hardware["precision"]),
-            f"commit {summary['commit']}",
-        ]
+        parts += [f"{hardware['cores']} cores of {hardware['cpu']}", str(hardware["precision"])]
+        parts += [f"commit {summary['commit']}"]
     return f'<p class="quiet">{escape(" · ".join(parts))}</p>'
 
 
-def _headline(summary: dict[str, Any]) -> str:
+def _environment(summary: dict[str, Any]) -> dict[str, Any]:
+    if "hardware" not in summary:
+        return {}
+    own = {"command": summary["command"], "commit": ", then ".join(summary["commits"])}
+    return {**own, **summary["hardware"], **summary["versions"]}
+
+
+def _numbers(label: str, values: Sequence[float | None], digits: int) -> list[str]:
+    """A row: the values and, of two, their difference."""
+    row = [label, *("–" if v is None else f"{v:.{digits}f}" for v in values)]
+    if len(values) == 2:
+        a, b = values
+        row.append(
+            "" if a is None or b is None else f"{round(b - a, digits) + 0.0:+.{digits}f}".replace("-", "−")
+        )
+    return row
+
+
+def _heads(summary: dict[str, Any], first: str) -> list[str]:
     arms = summary["arms"]
-    rows = [[escape(k), *(f"{a['metrics'][k]:.4f}" for a in arms.values())] for k in SCALARS]
-    rows.append(["fluctuation of miou", *(f"{a['fluctuation']:.4f}" for a in arms.values())])
-    rows.append(["cycles", *(str(a["cycles"]) for a in arms.values())])
-    rows.append(["tiles a cycle", *(str(a["tiles_per_cycle"]) for a in arms.values())])
-    last = max(a["mean_of_last"] for a in arms.values())
-    return _table([f"mean of the last {last} cycles", *map(escape, arms)], rows)
+    return [
+        first,
+        *(f"{_swatch(c)}{escape(a)}" for a, c in _colors(arms).items()),
+        *(["difference"] if len(arms) == 2 else []),
+    ]
+
+
+def _headline(summary: dict[str, Any]) -> str:
+    arms = list(summary["arms"].values())
+    rows = [_numbers(k, [a["metrics"][k] for a in arms], 2 if k == "iou_variance" else 4) for k in SCALARS]
+    rows.append(_numbers("fluctuation", [a["fluctuation"] for a in arms], 4))
+    blank = [""] if len(arms) == 2 else []
+    rows.append(["classes_present", *(str(a["final"]["classes_present"]) for a in arms), *blank])
+    rows += [
+        [k.replace("_", " "), *(str(a[k]) for a in arms), *blank]
+        for k in ("cycles", "tiles_per_cycle", "quarantined")
+    ]
+    return _table(_heads(summary, f"mean of the last {max(a['mean_of_last'] for a in arms)} cycles"), rows)
 
 
 def _classes(summary: dict[str, Any], store: Store | None) -> str:
-    arms = summary["arms"]
+    arms = list(summary["arms"].values())
     colors = {c.name: c.color for c in store.dataset.classes} if store else {}
     rows = []
-    for name in next(iter(arms.values()))["iou"]:
-        swatch = (
-            f'<span class="swatch" style="background:{escape(colors[name])}"></span>'
-            if name in colors
-            else ""
+    for name in arms[0]["iou"]:
+        label = (_swatch(colors[name]) if name in colors else "") + escape(name)
+        found = [a["first_correct_cycle"][name] for a in arms]
+        rows.append(
+            [
+                *_numbers(label, [a["iou"][name] for a in arms], 4),
+                *("–" if f is None else str(f + 1) for f in found),
+            ]
         )
-        cells = [f"{swatch}{escape(name)}"]
-        for arm in arms.values():
-            iou, found = arm["iou"][name], arm["first_correct_cycle"][name]
-            cells += ["-" if iou is None else f"{iou:.4f}", "-" if found is None else str(found + 1)]
-        rows.append(cells)
-    head = ["class", *(h for arm in arms for h in (f"IoU {escape(arm)}", "found in cycle"))]
-    return _table(head, rows)
+    return _table(
+        [*_heads(summary, "IoU of class"), *(f"{escape(a)} found in cycle" for a in summary["arms"])], rows
+    )
 
 
-def _ratios(summary: dict[str, Any]) -> str:
-    return "; ".join(f"{k}: {v:.2f}" for k, v in summary["ratios"].items())
+def _seconds(summary: dict[str, Any]) -> str:
+    arms = list(summary["arms"].values())
+    phases = [p for p in figures.PHASES if any(p in a["seconds"] for a in arms)]
+    rows = [
+        _numbers(_swatch(figures.PHASES[p]) + p, [a["seconds"].get(p, 0.0) for a in arms], 1) for p in phases
+    ]
+    rows.append(_numbers("all cycles", [a["seconds_total"] for a in arms], 1))
+    for key, label in (("first", "first cycle"), ("median_warm", "median of the others")):
+        rows.append(_numbers(label, [a["seconds_a_cycle"][key] for a in arms], 1))
+    for kind in ("train", "score", "evaluate"):
+        rows.append(_numbers(f"tiles a second, {kind}", [a["tiles_per_second"][kind] for a in arms], 1))
+    ratios = "".join(f"<p>{escape(k)}: <strong>{v:.2f}</strong></p>" for k, v in summary["ratios"].items())
+    return ratios + _table(_heads(summary, "seconds"), rows)
+
+
+def _bars(arms: figures.Arms) -> str:
+    return _legend(figures.PHASES) + _panels(
+        [figures.seconds_bars(arms, [arm], legend=False) for arm in arms], "half"
+    )
 
 
 def _store(summary: dict[str, Any]) -> tuple[Store | None, str]:
     try:
         return Store.open(str(summary["config"]["data"]["uri"])), ""
     except RaysedError as error:
-        return (
-            None,
-            f"The tile store cannot be read ({error}), so tiles, regions and classes of the selection are left out.",
-        )
+        return None, f"The tile store cannot be read ({error}): what needs it is left out."
 
 
-def _selection(arms: dict[str, tuple[Ledger, list[Manifest]]], store: Store | None) -> str:
-    selected = {
+def _selection(committed: Committed, store: Store | None) -> str:
+    cycles = {
         name: [ledger.table(m, "selected.parquet")["tile_id"].to_pylist() for m in manifests]
-        for name, (ledger, manifests) in arms.items()
-        if manifests
+        for name, (ledger, manifests) in committed.items()
     }
+    colors = _colors(cycles)
+    curve = figures.share_curves
+    repeated = curve(
+        {a: selection.repeats(c) for a, c in cycles.items()}, "share repeated from the cycle before", first=2
+    )
     if store is None:
-        return ""
-    pool = store.split("train")
-    regions = dict(zip(pool["tile_id"].to_pylist(), pool["region"].to_pylist(), strict=True))
-    pixels = {t: p for t, p in zip(pool["tile_id"].to_pylist(), pool["pixels"].to_pylist(), strict=True) if p}
+        return _legend(colors) + _panels([repeated])
+    pool = selection.pool_of(store.split("train"))
     names = [c.name for c in store.dataset.classes]
-    parts = [figures.selection_curves(selected, len(pixels))]
-    chosen = {arm: [t for cycle in cycles for t in cycle] for arm, cycles in selected.items()}
-    parts.append(
-        figures.share_bars(
-            _class_shares(list(pixels), pixels, names),
-            {arm: _class_shares(ids, pixels, names) for arm, ids in chosen.items()},
-            "share of pixels by class, selected tiles and pool",
-        )
+    covered = {a: selection.coverage(c, len(pool)) for a, c in cycles.items()}
+    chosen = {a: [t for ids in c for t in ids] for a, c in cycles.items()}
+    regions = dict(list(selection.region_shares(pool).items())[:REGIONS])
+    by_class = {a: selection.class_shares(pool, names, ids) for a, ids in chosen.items()}
+    by_region = {a: selection.region_shares(pool, ids) for a, ids in chosen.items()}
+    never = "; ".join(f"{a} never selected {1 - c[-1]:.1%} of {len(pool)} tiles" for a, c in covered.items())
+    bars = [
+        figures.share_bars(selection.class_shares(pool, names), by_class, "share of pixels by class"),
+        figures.share_bars(regions, by_region, f"share of tiles by region (at most {REGIONS})"),
+    ]
+    return f"<p>{escape(never)}.</p>{_legend({**colors, 'pool': figures.POOL_COLOR})}" + _panels(
+        [curve(covered, "share of the pool selected so far", first=1), repeated, *bars], "half"
     )
-    top = [r for r, _ in Counter(regions[t] for t in pixels).most_common(24)]
-    parts.append(
-        figures.share_bars(
-            _region_shares(list(pixels), regions, top),
-            {arm: _region_shares(ids, regions, top) for arm, ids in chosen.items()},
-            "share of tiles by region (the 24 largest), selected tiles and pool",
-        )
+
+
+def _guide(last: dict[str, Any]) -> str:
+    return (
+        f"Predictions are those of {' and '.join(last)} after their last cycles; the entropy map is that of "
+        f"{list(last)[-1]} (dark is sure, yellow is unsure). Black is void."
     )
-    return "".join(_figure(p) for p in parts)
 
 
-def _class_shares(ids: list[str], pixels: dict[str, list[int]], names: list[str]) -> dict[str, float]:
-    total = [sum(column) for column in zip(*(pixels[t][1:] for t in ids), strict=True)]
-    return {n: v / max(sum(total), 1) for n, v in zip(names, total, strict=True)}
-
-
-def _region_shares(ids: list[str], regions: dict[str, str], top: list[str]) -> dict[str, float]:
-    counts = Counter(regions[t] for t in ids)
-    return {r: counts[r] / len(ids) for r in top}
-
-
-def _gallery(ledger: Ledger, last: Manifest, store: Store | None) -> str:
-    if store is None:
-        return ""
-    return f'<div class="tiles">{"".join(map(_tile, gallery(ledger, last, store)))}</div>'
-
-
-def _tile(picture: Picture) -> str:
-    kinds = ("image", "label", "prediction", "entropy")
-    images = "".join(f'<img alt="{kind}" src="{getattr(picture, kind)}">' for kind in kinds)
-    return f'<div class="tile"><div>{images}</div><small>{escape(picture.tile_id)}: {escape(picture.caption)}</small></div>'
-
-
-def _definitions() -> str:
-    return "<dl>" + "".join(f"<dt>{k}</dt><dd>{escape(v)}</dd>" for k, v in DEFINITIONS.items()) + "</dl>"
-
-
-def _configuration(summary: dict[str, Any]) -> str:
-    shown = {k: summary.get(k) for k in ("command", "commit", "hardware", "versions", "config")}
-    return f"<pre>{escape(json.dumps(shown, indent=1))}</pre>"
+def _tiles(last: dict[str, tuple[Ledger, Manifest]], store: Store) -> str:
+    colors = _legend({c.name: c.color for c in store.dataset.classes})
+    tiles = []
+    for picture in gallery(last, store):
+        images = "".join(
+            f'<figure><img alt="{escape(kind)}" src="{uri}"><figcaption>{escape(kind)}</figcaption></figure>'
+            for kind, uri in picture.images.items()
+        )
+        tiles.append(
+            f'<div class="tile"><p>{escape(picture.caption)} <small>{escape(picture.tile_id)}</small></p><div>{images}</div></div>'
+        )
+    return f'{colors}<div class="tiles">{"".join(tiles)}</div>'

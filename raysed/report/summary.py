@@ -23,8 +23,25 @@ SCALARS = (
 )
 FIRST_CORRECT = 0.01
 """IoU above which a class counts as found."""
+DEFINITIONS = {
+    "miou": "mean of the class IoU over the classes that have pixels in the validation truth (classes_present); void pixels are ignored",
+    "iou_micro": "IoU over the pixels of all classes together",
+    "iou_frequency_weighted": "class IoU weighted by the class's share of the truth pixels",
+    "pixel_accuracy": "share of the known pixels whose class is right",
+    "iou_variance": "population variance of the class IoU, in squared percentage points, as in the paper's table 2; lower is more even",
+    "iou_cv": "standard deviation of the class IoU over its mean: evenness that does not reward low values",
+    "iou_worst": "IoU of the worst class",
+    "soft_iou": "legacy soft IoU without argmax, averaged over batches, absent classes counting 0, as in OpenEarthMap's own code",
+    "loss": "focal loss on the validation tiles, mean over the known pixels",
+    "fluctuation": "standard deviation of the change of miou from one cycle to the next",
+    "found in cycle": "first cycle whose IoU of the class is above 0.01",
+    "seconds": "wall clock by phase; stall is the wait for tiles, other is what no phase accounts for",
+    "active/passive": "seconds of the active arm over those of the passive one: median of the cycles without the first, and sum of all",
+    "entropy": "of a pixel, of the predicted class distribution, in nats; of a tile, mean over its pixels",
+}
+"""What the numbers of a report mean."""
 ENVIRONMENT = ("commit", "command")
-HARDWARE = ("cpu", "cores", "device", "precision", "workers", "threads")
+HARDWARE = ("cpu", "cores", "gpu", "device", "precision", "workers", "threads")
 
 
 def arms_of(run: Storage) -> dict[str, tuple[Ledger, list[Manifest]]]:
@@ -43,7 +60,9 @@ def arms_of(run: Storage) -> dict[str, tuple[Ledger, list[Manifest]]]:
 
 
 def summarise(run: Storage) -> dict[str, Any]:
-    """What a run has done, as plain numbers.
+    """What a run has done, as plain numbers; cycles count from 0, as in the manifests.
+
+    arms: by strategy, see `_arm`.  ratios: seconds, active over passive.  commits: all that the run was continued under.
 
     Raises:
         UsageError: no run here.
@@ -62,7 +81,9 @@ def summarise(run: Storage) -> dict[str, Any]:
         record = manifests[-1].record
         environment = record["environment"]
         summary |= {k: environment[k] for k in ENVIRONMENT}
-        summary["hardware"] = {k: environment.get(k, record.get(k)) for k in HARDWARE}
+        known = {**record, **environment}
+        summary["commits"] = list(dict.fromkeys(m.record["environment"]["commit"] for m in manifests))
+        summary["hardware"] = {k: known[k] for k in HARDWARE if known.get(k) is not None}
         summary["versions"] = {k: v for k, v in environment.items() if k not in (*ENVIRONMENT, *HARDWARE)}
     return summary
 
@@ -75,6 +96,11 @@ def write_summary(run: Storage) -> dict[str, Any]:
 
 
 def _arm(manifests: list[Manifest]) -> dict[str, Any]:
+    """Numbers of one arm.
+
+    metrics, iou: mean of the last `mean_of_last` cycles, the headline.  final: of the last cycle.  fluctuation: standard
+    deviation of the differences of miou from cycle to cycle.
+    """
     records = [m.record for m in manifests]
     last = records[-LAST:]
     totals = [r["seconds"]["total"] for r in records]
@@ -85,6 +111,7 @@ def _arm(manifests: list[Manifest]) -> dict[str, Any]:
     names = list(records[-1]["val"]["iou"])
     miou = [r["val"]["miou"] for r in records]
     return {
+        "strategy": records[-1]["strategy"],
         "cycles": len(records),
         "tiles_per_cycle": records[-1]["tiles"],
         "tiles_scored": scored,
@@ -116,24 +143,31 @@ def _mean(values: list[float | None]) -> float | None:
 
 
 def _ratios(committed: dict[str, list[Manifest]]) -> dict[str, float]:
-    """Seconds of the active arm over those of the passive one, a warm cycle (median, the first left out) and in all."""
-    if len(committed) < 2:
+    """Seconds of the active arm over those of the passive one, a warm cycle (median, the first left out) and in all, over the
+    cycles that both have committed.
+    """
+    if len(committed) != 2:
         return {}
-    passive, active = (_arm(m) for m in committed.values())
+    both = min(map(len, committed.values()))
+    passive, active = ([m.record["seconds"]["total"] for m in c[:both]] for c in committed.values())
     return {
-        "active/passive seconds a cycle": active["seconds_a_cycle"]["median_warm"]
-        / passive["seconds_a_cycle"]["median_warm"],
-        "active/passive seconds": active["seconds_total"] / passive["seconds_total"],
+        "active/passive seconds a cycle": float(
+            np.median(active[1:] or active) / np.median(passive[1:] or passive)
+        ),
+        "active/passive seconds": sum(active) / sum(passive),
     }
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The result as plain text, one column an arm and their difference."""
+    """The result as plain text of at most 100 columns: one column an arm and, of two, their difference."""
     arms = summary["arms"]
     if not arms:
         return "no cycle is committed yet"
+    counts = {k: [str(a[k]) for a in arms.values()] for k in ("cycles", "tiles_per_cycle", "quarantined")}
+    present = [str(a["final"]["classes_present"]) for a in arms.values()]
     n = max(a["mean_of_last"] for a in arms.values())
     lines = [_row(f"mean of the last {n} cycles", list(arms), "difference" if len(arms) == 2 else "")]
+    lines += [_row(k, v) for k, v in counts.items()] + [_row("classes_present", present)]
     lines += [_numbers(k, [a["metrics"][k] for a in arms.values()]) for k in SCALARS]
     lines += [_numbers("fluctuation of miou", [a["fluctuation"] for a in arms.values()]), "", "IoU by class"]
     first = next(iter(arms.values()))
@@ -150,12 +184,16 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def _row(label: str, cells: list[str], last: str = "") -> str:
-    return f"{label:<30}" + "".join(f"{c:>16}" for c in cells) + (f"{last:>16}" if last else "")
+    return f"{label[:29]:<30}" + "".join(f"{c[:15]:>16}" for c in cells) + (f"{last:>16}" if last else "")
 
 
 def _numbers(label: str, values: list[float | None], digits: int = 4) -> str:
     cells = ["-" if v is None else f"{v:.{digits}f}" for v in values]
     a, b = (*values, None)[:2]
     return _row(
-        label, cells, f"{b - a:+.{digits}f}" if a is not None and b is not None and len(values) == 2 else ""
+        label,
+        cells,
+        f"{round(b - a, digits) + 0.0:+.{digits}f}"
+        if a is not None and b is not None and len(values) == 2
+        else "",
     )
