@@ -104,6 +104,8 @@ def parse_experiment(args: argparse.Namespace, start: Experiment) -> tuple[Exper
         if os.environ.get(variable):
             flags.setdefault(name, os.environ[variable])
     preset = args.preset
+    if preset:
+        flags.setdefault("select.strategy", start.select.strategy)  # active.py is active whatever the preset
     if args.config:
         if preset:
             raise UsageError("--preset and --config exclude each other")

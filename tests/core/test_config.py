@@ -1,7 +1,7 @@
 import pytest
 
 from raysed.cli import experiment_parser, parse_experiment
-from raysed.config import Experiment, fields_of, load_config, with_overrides
+from raysed.config import Experiment, SelectConfig, fields_of, load_config, with_overrides
 from raysed.errors import UsageError
 from raysed.experiments import PRESETS
 
@@ -50,6 +50,16 @@ def test_data_may_come_from_the_environment(monkeypatch):
 
 def test_without_data_the_demo_is_taken():
     assert parsed("--cycles", "7") == with_overrides(PRESETS["demo"], {"cycles": 7}, "")
+
+
+def test_the_job_decides_the_strategy_of_a_preset_unless_told_otherwise():
+    active = Experiment(select=SelectConfig(strategy="entropy"))
+    for argv, expected in (
+        (["--preset", "yardstick"], "entropy"),
+        (["--preset", "paper", "--select", "uniform"], "uniform"),
+    ):
+        args = experiment_parser("", active).parse(["--data", "x", *argv])
+        assert parse_experiment(args, active)[0].select.strategy == expected
 
 
 @pytest.mark.parametrize(
