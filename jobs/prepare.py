@@ -45,6 +45,9 @@ def job(argv: Sequence[str]) -> None:
         "--bad-budget", type=float, default=0.01, help="share of sources that may be unusable (default: 0.01)"
     )
     parser.add_argument(
+        "--shared-filesystem", action="store_true", help="all nodes of the cluster see the same files"
+    )
+    parser.add_argument(
         "--json", action="store_true", help="print the result as one JSON line on standard output"
     )
     args = parser.parse(argv)
@@ -60,7 +63,9 @@ def job(argv: Sequence[str]) -> None:
     def say(line: str) -> None:
         print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
 
-    result = prepare(root, layout, args.target, settings, bad_budget=args.bad_budget, say=say)
+    result = prepare(
+        root, layout, args.target, settings, bad_budget=args.bad_budget, shared_filesystem=args.shared_filesystem, say=say
+    )  # fmt: skip
     if args.json:
         print(json.dumps(result))
 

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
 
+from raysed import errors
 from raysed.cluster.connect import connect
 from raysed.core import tiles
 from raysed.core.tiles import OPENEARTHMAP
@@ -118,6 +119,7 @@ def prepare(
     settings: Settings,
     *,
     bad_budget: float = 0.01,
+    shared_filesystem: bool = False,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Make the store of a layout, or finish one begun.
@@ -128,6 +130,7 @@ def prepare(
         target: URI of the store.
         settings: sizes.
         bad_budget: share of the sources that may be unusable.
+        shared_filesystem: all nodes of the cluster see the same files.
         say: prints a line.
 
     Returns:
@@ -146,7 +149,10 @@ def prepare(
         say(f"{storage.uri} is finished already: {_text(result)}")
         return result
     connect()
+    if not shared_filesystem:
+        _check_paths(root, storage)
     grids, bad, dropped = _grids(root, layout, settings)
+    _check_budget(bad, layout, bad_budget)  # before the work, as far as it is known
     shards = pack(grids)
     done = storage.list("pieces")
     items = [
@@ -229,16 +235,29 @@ def _agree(storage: Storage, root: Storage | None, layout: Layout, settings: Set
     there = json.loads(storage.read("plan.json"))
     differs = {k: v for k, v in plan.items() if there.get(k) != v}
     if differs and not finished and differs.keys() <= {"sources", "listing"}:
-        for path in storage.list("pieces"):
+        for path in (*storage.list("pieces"), *storage.list("shards")):
             storage.remove(path)
         storage.write("plan.json", body)
         return
     if differs:
+        if differs.pop("listing", None) and not differs:
+            differs = {"sources": "of other sizes or names"}
         lines = [f"{k}: {there.get(k)!r} there, {v!r} now" for k, v in differs.items()]
         shown = "; ".join(line if len(line) < 120 else line[:117] + "..." for line in lines)
         raise UsageError(
             f"{storage.uri} holds a store of other input or settings ({shown}): choose another --target"
         )
+
+
+def _check_paths(*places: Storage | None) -> None:
+    """Every node reads the sources and writes shards, so a path must mean the same on all of them."""
+    nodes = sum(n["Alive"] for n in ray.nodes())
+    for place in places:
+        if nodes > 1 and place is not None and place.is_local:
+            raise UsageError(
+                f"{place.uri} is a local path, but the cluster has {nodes} nodes: give an s3:// URI, or --shared-filesystem if "
+                "all nodes see the same files"
+            )
 
 
 def _grids(
@@ -253,8 +272,8 @@ def _grids(
     elif root is not None:
         items = [{"source": json.dumps(asdict(s))} for s in present]
         rows = list(_run(read_headers, items, 16, {"root": root.uri}))
-        bad += [BadTile(r["name"], r["reason"], r["sha256"]) for r in rows if r["reason"]]
-        sizes = {r["name"]: (int(r["height"]), int(r["width"])) for r in rows if not r["reason"]}
+        bad += [BadTile(r["name"], r["reason"], r["sha256"]) for r in rows if "reason" in r]
+        sizes = {r["name"]: (r["height"], r["width"]) for r in rows if "reason" not in r}
     grids = plan_grids([s for s in present if s.name in sizes], sizes, settings.tile)
     kept = sum(rows * cols for _, rows, cols in grids) * settings.tile**2
     return grids, bad, sum(h * w for h, w in sizes.values()) - kept
@@ -267,25 +286,24 @@ def plan_grids(
     return [(s, *tiles.grid(*sizes[s.name], tile)) for s in sorted(present, key=lambda s: s.name)]
 
 
-def read_headers(batch: dict[str, np.ndarray], root: str) -> dict[str, list[Any]]:
-    """INPUT: sources.  OUTPUT: name, height, width, reason ("" if good), sha256."""
-    found: dict[str, list[Any]] = {k: [] for k in ("name", "height", "width", "reason", "sha256")}
+def read_headers(batch: dict[str, np.ndarray], root: str) -> list[dict[str, Any]]:
+    """INPUT: sources.  OUTPUT: name and height, width, or reason, sha256."""
+    found: list[dict[str, Any]] = []
     for text in batch["source"]:
         source = Source(**json.loads(text))
         try:
-            row = (source.name, *sources.size(Storage(root), source), "", "")
+            height, width = sources.size(Storage(root), source)
+            found.append({"name": source.name, "height": height, "width": width})
         except BadSource as error:
-            row = (source.name, 0, 0, str(error), error.sha256)
-        for column, value in zip(found.values(), row, strict=True):
-            column.append(value)
+            found.append({"name": source.name, "reason": str(error), "sha256": error.sha256})
     return found
 
 
 def write_parts(
     batch: dict[str, np.ndarray], root: str | None, target: str, settings: Settings, lookup: np.ndarray
-) -> dict[str, list[int]]:
+) -> list[dict[str, int]]:
     """INPUT: shards to make.  OUTPUT: tiles written; the shard and its piece of the index are in the target then."""
-    storage, counts = Storage(target), []
+    storage, made = Storage(target), []
     for part, text in zip(batch["part"], batch["work"], strict=True):
         rows: list[dict[str, Any]] = []
         bad: list[BadTile] = []
@@ -303,8 +321,8 @@ def write_parts(
         out = io.BytesIO()
         pq.write_table(piece.replace_schema_metadata({"bad": json.dumps([asdict(b) for b in bad])}), out)
         storage.write(_piece(part), out.getvalue())
-        counts.append(len(rows))
-    return {"tiles": counts}
+        made.append({"tiles": len(rows)})
+    return made
 
 
 def _piece(part: int) -> str:
@@ -420,32 +438,37 @@ def _resized(image: Raster, label: Raster | None, side: int) -> tuple[np.ndarray
 def _run(
     function: Any, items: list[dict[str, Any]], batch: int, arguments: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """Rows of a function mapped over items by Ray Data tasks; an error raised on purpose comes out as itself."""
+    """Rows of a function mapped over items by Ray Data tasks, in order; an error raised on purpose comes out as itself."""
     if not items:
         return
     source = ray.data.from_items(items, override_num_blocks=-(-len(items) // batch))
+    task: Any = answer  # mypy knows a narrower kind of batch function than Ray takes
+    answers = source.map_batches(
+        task,
+        batch_size=batch,
+        num_cpus=TASK_CPUS,
+        fn_kwargs={"function": function, "arguments": arguments},
+    )
+    for row in answers.iter_rows():
+        found = json.loads(row["answer"])
+        if "error" in found:
+            raise getattr(errors, found["error"])(found["text"])
+        yield from found["rows"]
+
+
+def answer(batch: dict[str, np.ndarray], function: Any, arguments: dict[str, Any]) -> dict[str, list[str]]:
+    """INPUT: a batch.  OUTPUT: one row, the function's rows or its error: Ray Data loses the cause of what a task raises."""
     try:
-        yield from source.map_batches(
-            function, batch_size=batch, num_cpus=TASK_CPUS, fn_kwargs=arguments
-        ).iter_rows()
-    except ray.exceptions.RayError as error:
-        own = _raised_on_purpose(error)
-        raise own or error from None
-
-
-def _raised_on_purpose(error: BaseException | None) -> RaysedError | None:
-    """The RaysedError that Ray has wrapped, if there is one."""
-    while error is not None:
-        if isinstance(error, RaysedError) and not isinstance(error, ray.exceptions.RayError):
-            return error
-        error = getattr(error, "cause", None) or error.__cause__
-    return None
+        found: dict[str, Any] = {"rows": function(batch, **arguments)}
+    except RaysedError as error:
+        found = {"error": type(error).__name__, "text": str(error)}
+    return {"answer": [json.dumps(found)]}
 
 
 def _make(items: list[dict[str, Any]], arguments: dict[str, Any], say: Callable[[str], None]) -> None:
     began, last, made = time.monotonic(), 0.0, 0
     for shard, row in enumerate(_run(write_parts, items, 1, arguments), start=1):
-        made += int(row["tiles"])
+        made += row["tiles"]
         passed = time.monotonic() - began
         if passed - last > 10 or shard == len(items):
             last = passed

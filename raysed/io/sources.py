@@ -28,7 +28,9 @@ MAX_WHOLE = 1 << 28
 MAX_WINDOWED = 1 << 30
 """Pixels of a GeoTIFF that is read window by window."""
 MAX_FETCHED = 1 << 30
-"""Bytes of a file that is fetched at once; a GeoTIFF on disk is read by windows instead, and may be larger."""
+"""Bytes of a PNG or JPEG file."""
+FETCHED = 64 << 20
+"""Bytes up to which a GeoTIFF in a bucket is fetched at once; of a larger one only what its windows need."""
 _TIFF, _PILLOW = (".tif", ".tiff"), {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 ENDINGS = (*_TIFF, *_PILLOW)
 _MAGIC = {
@@ -215,12 +217,13 @@ def _local(path: str) -> bytes:
 
 
 class _Ranged(io.RawIOBase):
-    """A stored object as a file of which only what is read is fetched."""
+    """A stored object as a file of which only what is read is fetched.
 
-    def __init__(self, storage: Storage, path: str, size: int) -> None:
-        self.storage, self.path, self.size, self.at = storage, path, size, 0
-        self.failure: StorageError | None = None
-        """What went wrong in the storage: decoders swallow it, and it is no fault of the file."""
+    What goes wrong in the storage is put into `failures`: decoders would swallow it, and it is no fault of the file.
+    """
+
+    def __init__(self, storage: Storage, path: str, size: int, failures: list[Exception]) -> None:
+        self.storage, self.path, self.size, self.failures, self.at = storage, path, size, failures, 0
 
     def readinto(self, buffer: Any) -> int:
         length = min(len(buffer), self.size - self.at)
@@ -228,9 +231,9 @@ class _Ranged(io.RawIOBase):
             return 0
         try:
             [data] = self.storage.read_ranges(self.path, [(self.at, length)])
-        except StorageError as error:
-            self.failure = error
-            raise
+        except (StorageError, FileNotFoundError) as error:
+            self.failures.append(error)
+            return 0
         buffer[: len(data)] = data
         self.at += len(data)
         return len(data)
@@ -266,7 +269,7 @@ class Raster:
         self.storage, self.path, self.size, self.bands = storage, path, size, bands
         self.crs: str | None = None
         self.transform: tuple[float, ...] | None = None
-        self._ranged: _Ranged | None = None
+        self._failures: list[Exception] = []
         self._whole: np.ndarray | None = None
         self._tiff: Any = None
 
@@ -278,28 +281,22 @@ class Raster:
             BadSource: missing, another format, bands or type than expected, or too large: all read from the header.
             StorageError: the storage cannot be reached (that is no fault of the file).
         """
-        if self.size is None:
-            raise BadSource(f"{self.path} is missing")
         with ExitStack() as stack:
-            if PurePosixPath(self.path).suffix.lower() in _TIFF:
-                self._open_tiff(stack)
-            else:
-                self._open_pillow(self._ranged_file() if header else io.BytesIO(self._fetched()))
+            try:
+                if self.size is None:
+                    raise FileNotFoundError
+                if PurePosixPath(self.path).suffix.lower() in _TIFF:
+                    self._open_tiff(stack, header)
+                else:
+                    self._open_pillow(header)
+            except FileNotFoundError as error:
+                raise BadSource(f"{self.path} is missing") from error
             yield self
 
     def _ranged_file(self) -> BinaryIO:
-        self._ranged = _Ranged(self.storage, self.path, self.size or 0)
-        return io.BufferedReader(self._ranged, 1 << 16)
+        return io.BufferedReader(_Ranged(self.storage, self.path, self.size or 0, self._failures), 1 << 16)
 
-    def _fetched(self) -> bytes:
-        if (self.size or 0) > MAX_FETCHED:
-            raise BadSource(f"{self.path} has {self.size} bytes, at most {MAX_FETCHED} are fetched")
-        try:
-            return self.storage.read(self.path)
-        except FileNotFoundError as error:
-            raise BadSource(f"{self.path} is missing") from error
-
-    def _open_tiff(self, stack: ExitStack) -> None:
+    def _open_tiff(self, stack: ExitStack, header: bool) -> None:
         import rasterio
         from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
@@ -307,14 +304,23 @@ class Raster:
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         options = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_CACHEMAX": 256, "CPL_LOG_ERRORS": "OFF"}
         stack.enter_context(rasterio.Env(**options))
+        head = self.storage.read_ranges(self.path, [(0, 16)])[0] if self.size else b""
         try:
-            local = self.storage.local_path(
-                self.path
-            )  # read by windows; GDAL cannot do that over our storage
-            source = local or stack.enter_context(rasterio.MemoryFile(self._fetched()))
-            raster = stack.enter_context(rasterio.open(source, driver="GTiff"))
+            if not head:
+                raise RasterioError("no bytes")  # a MemoryFile without bytes is one to write to
+            if local := self.storage.local_path(self.path):
+                raster = rasterio.open(local, driver="GTiff")
+            elif header or (self.size or 0) > FETCHED:
+                raster = rasterio.open(
+                    "image.tif", driver="GTiff", opener=lambda *_, **__: self._ranged_file()
+                )
+            else:
+                whole = stack.enter_context(rasterio.MemoryFile(self.storage.read(self.path)))
+                raster = whole.open(driver="GTiff")
         except RasterioError as error:
-            raise self.bad(f"is no readable GeoTIFF ({_kind(self._fetched()[:16])})") from error
+            raise self.bad(f"is no readable GeoTIFF ({_kind(head)})") from error
+        stack.enter_context(raster)
+        self._storage_held()
         self._tiff, self.height, self.width = raster, raster.height, raster.width
         self._check(raster.count, set(raster.dtypes), MAX_WINDOWED)
         rows, cols = raster.block_shapes[0]
@@ -324,14 +330,18 @@ class Raster:
         if not raster.transform.is_identity:
             self.transform = tuple(raster.transform)[:6]
 
-    def _open_pillow(self, file: BinaryIO) -> None:
+    def _open_pillow(self, header: bool) -> None:
         form = _PILLOW[PurePosixPath(self.path).suffix.lower()]
+        if (self.size or 0) > MAX_FETCHED:
+            raise self.bad(f"has {self.size} bytes, at most {MAX_FETCHED} are read")
+        file = self._ranged_file() if header else io.BytesIO(self.storage.read(self.path))
         head = file.read(16)
         file.seek(0)
         try:
             self._image = Image.open(file, formats=[form])
         except Exception as error:  # Pillow raises many kinds for a broken header
             raise self.bad(f"is no readable {form} ({_kind(head)})") from error
+        self._storage_held()
         self.width, self.height = self._image.size
         mode, names = self._image.mode, self._image.getbands()
         self._check(len(names), {"uint8" if mode in ("RGB", "RGBA", "L", "P", "LA") else mode}, MAX_WHOLE)
@@ -367,6 +377,7 @@ class Raster:
             found = self._tiff.read(window=Window(col, row, width, height))
         except RasterioError as error:
             raise self.bad(f"cannot be decoded ({_line(error.__cause__ or error)})") from error
+        self._storage_held()
         return np.ascontiguousarray(found.transpose(1, 2, 0)) if self.bands == 3 else found[0]
 
     def bad(self, what: str) -> BadSource:
@@ -375,13 +386,19 @@ class Raster:
         Raises:
             StorageError: it is the storage that failed, not the file.
         """
-        if self._ranged and self._ranged.failure:
-            raise self._ranged.failure
+        self._storage_held()
         sha, size = hashlib.sha256(), self.size or 0
-        for start in range(0, size, 64 << 20):
-            span = start, min(64 << 20, size - start)
+        for start in range(0, size, FETCHED):
+            span = start, min(FETCHED, size - start)
             sha.update(self.storage.read_ranges(self.path, [span])[0])
         return BadSource(f"{self.path} {what}", sha.hexdigest())
+
+    def _storage_held(self) -> None:
+        """Raise what went wrong in the storage: a decoder takes a lost range for a broken file, or for none at all."""
+        for failure in self._failures:
+            if isinstance(failure, FileNotFoundError):
+                raise BadSource(f"{self.path} is missing") from failure
+            raise failure
 
 
 def size(storage: Storage, source: Source) -> tuple[int, int]:

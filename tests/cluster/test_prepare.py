@@ -1,8 +1,11 @@
 """Images to tile store: layouts, sizes, places on earth, bad files, kills."""
 
+import hashlib
 import io
 import json
 import os
+import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -15,8 +18,9 @@ import rasterio
 from PIL import Image
 from rasterio.transform import Affine
 
-from raysed.cluster.prepare import Settings, pack, plan_grids, prepare
-from raysed.errors import DataError, UsageError
+from raysed import cli
+from raysed.cluster.prepare import Settings, pack, plan_grids, prepare, synthetic
+from raysed.errors import DataError, StorageError, UsageError
 from raysed.io import store as store_module
 from raysed.io.sources import BadSource, Raster, Source, find, openearthmap_sources
 from raysed.io.storage import Storage
@@ -127,38 +131,26 @@ def _recording(seen: list[int]):
 
 @pytest.mark.ray
 @pytest.mark.timeout(240)
-def test_a_killed_prepare_continues_and_ends_with_the_same_hash(tmp_path):
-    command = [
-        sys.executable,
-        "jobs/prepare.py",
-        "--source",
-        "synthetic",
-        "--scenes",
-        "60",
-        "--tile",
-        "32",
-        "--json",
-    ]
+def test_a_killed_prepare_continues_and_ends_with_the_same_hash(ray_session, tmp_path):
+    calm = prepare(None, synthetic(24), str(tmp_path / "calm"), Settings(tile=32), say=quiet)
+    assert calm["tiles"] == {"train": 1280, "val": 256}
     target = tmp_path / "torn"
-    process = subprocess.Popen(
-        [*command, "--target", str(target)], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL
-    )
+    job = ["jobs/prepare.py", "--source", "synthetic", "--scenes", "24", "--tile", "32", "--json"]
+    command = [sys.executable, *job, "--target", str(target)]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
     until = time.monotonic() + 120
     while not list(target.glob("pieces/*.parquet")):
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < until
-        time.sleep(0.05)
+        time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (target / "dataset.json").exists()
-    results = [
-        json.loads(
-            subprocess.run([*command, "--target", str(t)], cwd=ROOT, check=True, capture_output=True).stdout
-        )
-        for t in (target, tmp_path / "calm")
-    ]
-    assert results[0]["hash"] == results[1]["hash"]
-    assert results[0]["tiles"] == {"train": 3072, "val": 768}
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert json.loads(done.stdout) == calm  # nothing else is on standard output
+    made = re.search(r"12 shards, (\d+) to make", done.stderr)
+    assert made
+    assert int(made[1]) < 12
 
 
 @pytest.mark.ray
@@ -252,7 +244,8 @@ def _damage(root: Path) -> dict[str, str]:
 def test_every_kind_of_bad_file_is_quarantined_and_named(ray_session, tmp_path, resize):
     root = folder(tmp_path / "in", count=14)
     expected = _damage(root)
-    with pytest.raises(DataError, match=r"9 of 14 sources are unusable, --bad-budget allows 0\.1"):
+    known = 9 if resize else 6  # what the headers tell is told before any pixel is read
+    with pytest.raises(DataError, match=rf"{known} of 14 sources are unusable, --bad-budget allows 0\.1"):
         make(root, tmp_path / "out", tile=32, resize=resize, budget=0.1)
     assert not (tmp_path / "out/dataset.json").exists()
     result = make(root, tmp_path / "out", tile=32, resize=resize, budget=0.9)
@@ -264,6 +257,12 @@ def test_every_kind_of_bad_file_is_quarantined_and_named(ray_session, tmp_path, 
     assert {r["tile_id"] for r in rows} == expected.keys()
     for row in rows:
         assert expected[row["tile_id"]] in row["reason"]
+        spoilt = (
+            root
+            / ("labels" if row["tile_id"] in ("town_2", "town_3") else "images")
+            / f"{row['tile_id']}.png"
+        )
+        assert row["sha256"] == (hashlib.sha256(spoilt.read_bytes()).hexdigest() if spoilt.exists() else "")
 
 
 def test_a_bomb_is_refused_from_its_header(tmp_path):
@@ -290,11 +289,116 @@ def test_a_disguised_format_is_refused(tmp_path):
 
 
 @pytest.mark.ray
-def test_a_target_of_other_settings_is_refused_with_the_difference(ray_session, tmp_path):
+def test_a_target_of_other_input_or_settings_is_refused_with_the_difference(ray_session, tmp_path):
     root = folder(tmp_path / "in")
     make(root, tmp_path / "out", tile=32)
     with pytest.raises(UsageError, match="tile: 32 there, 48 now"):
         make(root, tmp_path / "out", tile=48)
+    write(root / "images/town_1.png", np.zeros((96, 96, 3), np.uint8))
+    with pytest.raises(UsageError, match="sources: 6 there, 'of other sizes or names' now"):
+        make(root, tmp_path / "out", tile=32)
+
+
+@pytest.mark.ray
+def test_missing_sources_beyond_the_budget_are_told_before_the_work(ray_session, tmp_path):
+    root = folder(tmp_path / "in")
+    (root / "images/town_1.png").unlink()
+    with pytest.raises(DataError, match=r"1 of 6 sources .* \(town_1: images/town_1 is missing\)") as refused:
+        make(root, tmp_path / "out", tile=32, budget=0.1)
+    assert refused.value.exit_code == 4
+    assert not (tmp_path / "out/shards").exists()
+
+
+@pytest.mark.ray
+def test_a_repaired_source_leaves_nothing_of_the_attempt_before(ray_session, tmp_path):
+    root = folder(tmp_path / "in")
+    good = (root / "images/town_1.png").read_bytes()
+    calm = make(root, tmp_path / "calm", tile=32)
+    (root / "images/town_1.png").write_bytes(good[:2000])
+    with pytest.raises(DataError, match=r"town_1: .* cannot be decoded"):
+        make(root, tmp_path / "out", tile=32)
+    stale = tmp_path / "out/shards/part-00077.parquet"
+    stale.write_bytes(b"of a plan with more shards")
+    (root / "images/town_1.png").write_bytes(good)
+    assert make(root, tmp_path / "out", tile=32) == calm
+    assert not stale.exists()
+
+
+@pytest.mark.ray
+def test_a_storage_that_refuses_ends_the_job_as_what_it_is(ray_session, tmp_path):
+    """The error is raised in a task: it must not reach the user as Ray's."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/shards").write_text("a file where a folder must be")
+    with pytest.raises(StorageError, match="shards") as failed:
+        make(folder(tmp_path / "in"), tmp_path / "out", tile=32)
+    assert failed.value.exit_code == 6
+    assert "\n" not in str(failed.value)
+
+
+@pytest.mark.ray
+def test_a_local_path_on_several_nodes_is_refused(ray_session, tmp_path, monkeypatch):
+    import ray
+
+    root = folder(tmp_path / "in")
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}, {"Alive": True}, {"Alive": False}])
+    with pytest.raises(UsageError, match="is a local path, but the cluster has 2 nodes"):
+        make(root, tmp_path / "out", tile=32)
+    storage = Storage(str(root))
+    shared = {"bad_budget": 0, "shared_filesystem": True, "say": quiet}
+    assert (
+        prepare(storage, find(storage), str(tmp_path / "out"), Settings(tile=32), **shared)["tiles"]["val"]
+        == 18
+    )
+
+
+@pytest.mark.ray
+def test_an_unlabelled_image_joins_labelled_sources(ray_session, tmp_path):
+    root = folder(tmp_path / "in")
+    (root / "labels/town_5.png").unlink()
+    result = make(root, tmp_path / "out", tile=32)
+    assert result["tiles"] == {"train": 45, "val": 9}
+    index = Store.open(str(tmp_path / "out")).index
+    unlabelled = [r["source"] for r in index.to_pylist() if r["pixels"] is None]
+    assert unlabelled == ["town_5"] * 9
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["--source", "IN", "--tlie", "32"], "did you mean '--tile'?"),
+        (["--source", "/nowhere"], "/nowhere does not exist or is empty"),
+        (["--source", "IN", "--resize", "big"], "--resize must be a number of pixels or none, got 'big'"),
+        (["--source", "IN", "--resize", "128"], "resize 128 is smaller than tile 256"),
+        (["--source", "IN", "--tile", "8"], "tile must lie in 16..4096"),
+        (["--source", "IN", "--bad-budget", "2"], "--bad-budget must lie in 0..1"),
+        (["--source", "IN", "--classes", "/nowhere.json"], "--classes /nowhere.json: No such file"),
+        (["--source", "synthetic", "--scenes", "0"], "--scenes must be at least 1"),
+        (["--source", "s3://key:secret@bucket/x"], "must hold no credentials"),
+        (["--source", "ftp://host/x"], "scheme must be file or s3"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(tmp_path, capsys, monkeypatch, argv, text):
+    """Nothing here starts Ray: what is wrong is found before."""
+    monkeypatch.setattr("raysed.cluster.prepare.connect", lambda: pytest.fail("Ray was started"))
+    root = folder(tmp_path / "in", side=32)
+    argv = [str(root) if a == "IN" else a for a in argv]
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *argv, "--target", str(tmp_path / "out")])
+    job = runpy.run_path(str(ROOT / "jobs/prepare.py"))["job"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(job)
+    assert ended.value.code == 2
+    out = capsys.readouterr()
+    assert out.out == ""
+    assert out.err.startswith("error: ")
+    assert out.err.count("\n") == 1
+    assert text in out.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.ray
+def test_images_smaller_than_a_tile_are_refused(ray_session, tmp_path):
+    with pytest.raises(UsageError, match="no source gives a tile of 256 px"):
+        make(folder(tmp_path / "in", side=32), tmp_path / "out")
 
 
 def test_wrong_empty_and_double_sources_are_refused(tmp_path):
