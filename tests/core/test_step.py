@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 
 import numpy as np
@@ -74,7 +75,9 @@ KINDS = [
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request, tmp_path_factory):
     folder, workers = tmp_path_factory.mktemp("ranks"), request.param
-    mp.spawn(_rank, (workers, 29500 + os.getpid() % 1000 + workers, str(folder), KINDS), nprocs=workers)
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])  # torch is imported once
+    arguments = (workers, 29500 + os.getpid() % 1000 + workers, str(folder), KINDS)
+    mp.start_processes(_rank, arguments, nprocs=workers, start_method="forkserver")
     return [
         [torch.load(folder / f"{k}-{r}.pt", weights_only=True) for r in range(workers)]
         for k in range(len(KINDS))
