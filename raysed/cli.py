@@ -116,6 +116,11 @@ def parse_experiment(args: argparse.Namespace, start: Experiment) -> tuple[Exper
     elif preset or "data.uri" not in flags:
         preset = preset or "demo"
         start = PRESETS[preset]
+    if "data.uri" not in flags and start.data.uri is None and preset != "demo":
+        raise UsageError(
+            f"{'--config ' + args.config if args.config else '--preset ' + str(preset)} needs a tile store: "
+            "give --data, or set RAYSED_DATA"
+        )
     return with_overrides(start, flags, "flags"), preset
 
 
@@ -129,6 +134,8 @@ def main(job: Callable[[Sequence[str]], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = 130
+    except SystemExit as asked:
+        code = asked.code if isinstance(asked.code, int) else 0
     except Exception:  # the edge: whatever was not foreseen is an internal error, with its traceback
         traceback.print_exc()
         print("error: internal error, please report it with the traceback above", file=sys.stderr, flush=True)

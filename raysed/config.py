@@ -331,6 +331,5 @@ def load_config(text: str, where: str) -> Experiment:
         raise UsageError(f"{where}: not JSON, line {error.lineno}: {error.msg}") from error
     if not isinstance(fields, dict):
         raise UsageError(f"{where}: expected a JSON object, got {type(fields).__name__}")
-    return Experiment.from_dict(
-        fields.get("experiment", fields), where
-    )  # a run's config.json holds it one level down
+    configs = fields.get("configs")  # a run's config.json: all it has run under, the newest last
+    return Experiment.from_dict(configs[-1]["experiment"] if configs else fields, where)

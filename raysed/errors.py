@@ -49,5 +49,12 @@ class WaitingForLabels(RaysedError):
     exit_code = 8
 
 
+def rebuilt(kind: str, text: str) -> RaysedError:
+    """The error whose class name and text came from another process: Ray wraps what a task raises and can lose the cause."""
+    found = globals().get(kind)
+    known = isinstance(found, type) and issubclass(found, RaysedError)
+    return found(text) if known else RaysedError(text)  # type: ignore[misc, operator]
+
+
 EXIT_INTERRUPTED = {2: 130, 15: 143}
 """Signal number -> exit code of a run that stopped after a commit."""

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from raysed import cli
-from raysed.cluster.connect import connect
 from raysed.cluster.launch import launch
 from raysed.cluster.prepare import prepare_synthetic
 from raysed.config import Experiment
@@ -38,7 +37,6 @@ def run_experiment(doc: str | None, argv: Sequence[str], start: Experiment) -> i
         say(
             f"no --data and no RAYSED_DATA: taking the preset {preset} on the synthetic world in {DEMO_STORE}"
         )
-        connect()
         prepare_synthetic(DEMO_STORE, scenes=DEMO_SCENES, tile=DEMO_TILE, say=say)
         experiment = replace(experiment, data=replace(experiment.data, uri=DEMO_STORE))
     if experiment.run is None:

@@ -19,15 +19,20 @@ def connect() -> None:
     Another program's own local Ray is left alone: Ray's `address="auto"` would join it, and die with it.  Does nothing twice.
     """
     if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS") or ray._private.utils.read_ray_address()
+        given = os.environ.get("RAY_ADDRESS")
+        address = given or ray._private.utils.read_ray_address()
         own: dict[str, Any] = {} if address else _local()
         settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, **own}
         try:
             ray.init(address=address or "local", **settings)
         except (ConnectionError, RuntimeError) as error:
-            raise ResourcesError(
-                f"no Ray cluster can be reached at {address} ({error}): check RAY_ADDRESS"
-            ) from error
+            remedy = (
+                "check RAY_ADDRESS"
+                if given
+                else "`ray start` was run on this machine and its cluster is gone: start it again, or set RAY_ADDRESS=local"
+            )
+            said = " ".join(str(error).split())[:200]
+            raise ResourcesError(f"no Ray cluster can be reached at {address} ({said}): {remedy}") from error
     quiet_data()
 
 

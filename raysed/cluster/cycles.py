@@ -96,10 +96,11 @@ def run(config: dict[str, Any]) -> None:
     try:
         if first:
             setup.monitor.post.remote({"kind": "started"})
+        threads = []
         if first and setup.scorers:
-            share_threads(setup.scorers, setup.arms[0].experiment.cluster.wait_nodes)
+            threads = share_threads(setup.scorers, setup.arms[0].experiment.cluster.wait_nodes)
         for arm in setup.arms:
-            if not Worker(setup, arm).run():
+            if not Worker(setup, arm, threads).run():
                 break
     except RaysedError as error:
         setup.monitor.post.remote({"kind": "failed", "exit_code": error.exit_code, "text": str(error)})
@@ -111,8 +112,8 @@ def run(config: dict[str, Any]) -> None:
 class Worker:
     """One rank of one arm."""
 
-    def __init__(self, setup: Setup, arm: Arm) -> None:
-        self.setup, self.arm, self.exp = setup, arm, arm.experiment
+    def __init__(self, setup: Setup, arm: Arm, scorer_threads: list[int]) -> None:
+        self.setup, self.arm, self.exp, self.scorer_threads = setup, arm, arm.experiment, scorer_threads
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device() if setup.device == "cuda" else torch.device("cpu")
@@ -251,7 +252,9 @@ class Worker:
         with clock.phase("score"):
             weights = {n: t.numpy() for n, t in self.learner.weights().items()}
             ids = [t for t in self.candidates if t not in self.quarantine]
-            scores = score_pool(self.setup.scorers, weights, self.weights_hash, self.store.locations(ids))
+            scores = score_pool(
+                self.setup.scorers, self.scorer_threads, weights, self.weights_hash, self.store.locations(ids)
+            )
         self._quarantine(scores.bad)
         return scores
 

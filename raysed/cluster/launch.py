@@ -5,8 +5,8 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,6 +63,7 @@ def launch(experiment: Experiment, *, say: Callable[[str], None], hold: str | No
     store = Store.open(str(experiment.data.uri))
     _check_data(experiment, store, say)
     with ExitStack() as stack:
+        stopper = stack.enter_context(Stopper())
         held = []
         for name, arm in arms:
             lease = stack.enter_context(Lease(Storage(str(arm.run))))
@@ -71,11 +72,11 @@ def launch(experiment: Experiment, *, say: Callable[[str], None], hold: str | No
         if _complete(arms):
             say("all cycles are committed already")
             return 0
-        caught = _run(experiment, store, tuple(held), say, hold)
+        _run(experiment, store, tuple(held), say=say, hold=hold, stopper=stopper)
         for _, arm in arms:
             ledger = Ledger(Storage(str(arm.run)))
             ledger.write_lines(ledger.manifests())
-    return 0 if not caught or _complete(arms) else errors.EXIT_INTERRUPTED[caught[0]]
+    return 0 if not stopper.caught or _complete(arms) else errors.EXIT_INTERRUPTED[stopper.caught]
 
 
 def _complete(arms: list[tuple[str, Experiment]]) -> bool:
@@ -83,9 +84,15 @@ def _complete(arms: list[tuple[str, Experiment]]) -> bool:
 
 
 def _run(
-    experiment: Experiment, store: Store, held: tuple[Arm, ...], say: Callable[[str], None], hold: str | None
-) -> list[int]:
-    """Start the actors and the trainer, watch until they end; the signals caught meanwhile."""
+    experiment: Experiment,
+    store: Store,
+    held: tuple[Arm, ...],
+    *,
+    say: Callable[[str], None],
+    hold: str | None,
+    stopper: "Stopper",
+) -> None:
+    """Start the actors and the trainer, watch until they end."""
     connect()
     _check_paths(experiment)
     device = _device(experiment)
@@ -101,13 +108,12 @@ def _run(
         manifests = Ledger(run).manifests()
         boards[arm.name], committed[arm.name] = TensorBoard(run, manifests), len(manifests)
     progress = Progress([(a.name, a.experiment) for a in held], committed, say)
-    with _signals(monitor) as caught:
-        Watch(monitor, progress, boards, say).over(_trainer(experiment, setup), experiment.cluster.wait_nodes)
+    stopper.monitor = monitor
+    Watch(monitor, progress, boards, say).over(_trainer(experiment, setup), experiment.cluster.wait_nodes)
     for board in boards.values():
         board.close()
     for actor in (*pool, monitor):
         ray.kill(actor)
-    return caught
 
 
 def _scores(experiment: Experiment) -> bool:
@@ -294,20 +300,28 @@ class Watch:
             raise kinds.get(event["exit_code"], RaysedError)(event["text"])
 
 
-@contextmanager
-def _signals(monitor: ActorHandle) -> Iterator[list[int]]:
-    """The first Ctrl-C or SIGTERM lets the cycle end and commit; a second one ends at once, the last commit stands."""
-    caught: list[int] = []
+class Stopper:
+    """Ctrl-C and SIGTERM: while cycles run, the first one lets the cycle end and commit; before, or a second time, the job ends
+    at once, and what is committed stands.
+    """
 
-    def stop(number: int, _: Any) -> None:
-        caught.append(number)
-        if len(caught) > 1:
-            raise KeyboardInterrupt
-        monitor.stop.remote()
+    def __init__(self) -> None:
+        self.caught = 0
+        """The first signal, 0 if none."""
+        self.monitor: ActorHandle | None = None
+        """Of the cycles, once they run."""
+        self._before: dict[int, Any] = {}
 
-    before = {n: signal.signal(n, stop) for n in errors.EXIT_INTERRUPTED}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
+    def __enter__(self) -> "Stopper":
+        self._before = {n: signal.signal(n, self._stop) for n in errors.EXIT_INTERRUPTED}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _stop(self, number: int, _: Any) -> None:
+        if self.caught or self.monitor is None:
+            raise SystemExit(errors.EXIT_INTERRUPTED[number])
+        self.caught = number
+        self.monitor.stop.remote()

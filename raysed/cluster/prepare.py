@@ -452,7 +452,7 @@ def _run(
     for row in answers.iter_rows():
         found = json.loads(row["answer"])
         if "error" in found:
-            raise getattr(errors, found["error"])(found["text"])
+            raise errors.rebuilt(found["error"], found["text"])
         yield from found["rows"]
 
 

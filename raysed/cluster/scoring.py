@@ -11,7 +11,7 @@ import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 
-from raysed.errors import ResourcesError
+from raysed.errors import RaysedError, ResourcesError, rebuilt
 from raysed.io.storage import Storage
 from raysed.io.store import BadTile, Tile, read_tiles
 
@@ -19,8 +19,8 @@ CHUNK = 32
 """Tiles a call; a chunk is always made of the same tiles in the same batches, so a score does not depend on who gives it."""
 BATCH = 16
 """Tiles a forward pass."""
-PATIENCE = 600.0
-"""Seconds without any answer after which scoring gives up (exit 7)."""
+PATIENCE = 300.0
+"""Seconds without any score after which scoring gives up (exit 7)."""
 
 
 @dataclass(frozen=True)
@@ -61,22 +61,20 @@ class Scorer:
         """Id of the node this scorer is on."""
         return ray.get_runtime_context().get_node_id()
 
-    def set_threads(self, threads: int) -> None:
-        """Torch threads of this process."""
-        import torch
-
-        torch.set_num_threads(threads)
-
-    def score(self, weights: dict[str, np.ndarray], version: str, locations: list[dict]) -> dict[str, Any]:
+    def score(
+        self, weights: dict[str, np.ndarray], version: str, locations: list[dict], threads: int
+    ) -> dict[str, Any]:
         """Scores of one chunk.
 
         Args:
             weights: state dict as arrays.
             version: their hash; loaded only when it changes.
             locations: rows of `store.LOCATION`.
+            threads: torch threads; sent with every call, since a scorer that was restarted has forgotten them.
 
         Returns:
-            ids and (n, 2 + C) float32 scores of the good tiles, bad tiles, and the node.
+            ids and (n, 2 + C) float32 scores of the good tiles, bad tiles, and the node; or `failed`, class name and text of a
+            RaysedError.
         """
         import torch
 
@@ -86,7 +84,11 @@ class Scorer:
         if version != self.version:
             self.net.load_state_dict({n: torch.from_numpy(np.array(w)) for n, w in weights.items()})
             self.version = version
-        images, bad = self._images(locations)
+        torch.set_num_threads(threads)
+        try:
+            images, bad = self._images(locations)
+        except RaysedError as error:
+            return {"failed": (type(error).__name__, str(error))}
         ids, rows = list(images), []
         dtype = DTYPES[self.precision]
         with torch.inference_mode(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
@@ -127,8 +129,8 @@ class Scores:
     """Node -> tiles scored there."""
 
 
-def share_threads(scorers: Sequence[ActorHandle], patience: float) -> None:
-    """Wait until the scorers are up and give each its part of its node's CPUs as torch threads.
+def share_threads(scorers: Sequence[ActorHandle], patience: float) -> list[int]:
+    """Wait until the scorers are up; the part of its node's CPUs that each should use as torch threads.
 
     Raises:
         ResourcesError: not all are up within `patience` seconds.
@@ -140,12 +142,15 @@ def share_threads(scorers: Sequence[ActorHandle], patience: float) -> None:
             f"{len(scorers)} scorers did not start within {patience:.0f} s: lower --scorers"
         ) from error
     cpus = {n["NodeID"]: n["Resources"].get("CPU", 1) for n in ray.nodes()}
-    for scorer, node in zip(scorers, nodes, strict=True):
-        scorer.set_threads.remote(max(1, int(cpus[node] // nodes.count(node))))
+    return [max(1, int(cpus[node] // nodes.count(node))) for node in nodes]
 
 
 def score_pool(
-    scorers: Sequence[ActorHandle], weights: dict[str, np.ndarray], version: str, locations: list[dict]
+    scorers: Sequence[ActorHandle],
+    threads: Sequence[int],
+    weights: dict[str, np.ndarray],
+    version: str,
+    locations: list[dict],
 ) -> Scores:
     """Score tiles with a pool of scorers; every tile gets one score, whoever dies.
 
@@ -153,7 +158,8 @@ def score_pool(
     What a dead scorer held goes back to the front; it is used again in the next cycle, once Ray has restarted it.
 
     Raises:
-        ResourcesError: no answer from any scorer within `PATIENCE`.
+        ResourcesError: no score from any scorer within `PATIENCE`.
+        RaysedError: what a scorer has raised on purpose.
     """
     locations = sorted(locations, key=lambda at: at["tile_id"])
     chunks = [locations[i : i + CHUNK] for i in range(0, len(locations), CHUNK)]
@@ -167,24 +173,28 @@ def score_pool(
         queue = queues[n] or max(queues.values(), key=len)
         if queue:
             k = queue.popleft()
-            flying[living[n].score.remote(sent, version, chunks[k])] = (n, k)
+            flying[living[n].score.remote(sent, version, chunks[k], threads[n])] = (n, k)
 
     for n in [*living, *living]:  # two in flight each, so that none waits for its next chunk
         feed(n)
-    heard = time.monotonic()
+    heard, cause = time.monotonic(), ""
     while flying:
         done, _ = ray.wait(list(flying), num_returns=1, timeout=10)
+        if time.monotonic() - heard > PATIENCE:
+            raise ResourcesError(
+                f"no scorer has given a score for {PATIENCE:.0f} s, {len(results)} of {len(chunks)} chunks are scored{cause}"
+            )
         if not done:
-            if time.monotonic() - heard > PATIENCE:
-                raise ResourcesError(
-                    f"no scorer has answered for {PATIENCE:.0f} s, {len(results)} of {len(chunks)} chunks scored"
-                )
             continue
-        heard = time.monotonic()
         n, k = flying.pop(done[0])
         try:
-            results.setdefault(k, ray.get(done[0]))
-        except ray.exceptions.RayActorError:
+            answer = ray.get(done[0])
+            if "failed" in answer:
+                raise rebuilt(*answer["failed"])
+            results.setdefault(k, answer)
+            heard = time.monotonic()
+        except ray.exceptions.RayActorError as error:
+            cause = f"; the last one died ({' '.join(str(error).split())[:200]}): is there memory enough?"
             queues[n].appendleft(k)
             if len(living) > 1:
                 living.pop(n, None)

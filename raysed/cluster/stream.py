@@ -18,6 +18,7 @@ import ray.data
 from raysed.config import AugmentConfig
 from raysed.core.augment import augment, to_uint8
 from raysed.core.randomness import keyed_rng
+from raysed.errors import RaysedError, rebuilt
 from raysed.io.storage import Storage
 from raysed.io.store import BadTile, Store, read_tiles
 
@@ -45,7 +46,7 @@ def _storage(uri: str) -> Storage:
 def read_and_augment(
     batch: dict[str, np.ndarray], uri: str, side: int, keys: tuple[int, int] | None, limits: dict[str, Any]
 ) -> dict[str, Any]:
-    """INPUT: position and location of tiles.  OUTPUT: position, tile_id, image, label, bad ("" or reason and hash), node.
+    """INPUT: position and location of tiles.  OUTPUT: position, tile_id, image, label, bad ("" or reason and hash), node, failed.
 
     Args:
         batch: columns of numbers and strings.
@@ -58,7 +59,12 @@ def read_and_augment(
     images = np.zeros((len(locations), side, side, 3), np.uint8)
     labels = np.zeros((len(locations), side, side), np.uint8)
     bad = [""] * len(locations)
-    for i, tile in enumerate(read_tiles(_storage(uri), locations, side)):
+    failed = ""
+    try:
+        tiles = read_tiles(_storage(uri), locations, side)
+    except RaysedError as error:  # raised by the consumer: Ray Data loses the cause of what a task raises
+        tiles, failed = [], f"{type(error).__name__} {error}"
+    for i, tile in enumerate(tiles):
         if isinstance(tile, BadTile):
             bad[i] = f"{tile.sha256} {tile.reason}"
             continue
@@ -77,6 +83,7 @@ def read_and_augment(
         "label": labels,
         "bad": bad,
         "node": [node] * len(bad),
+        "failed": [failed] * len(bad),
     }
 
 
@@ -154,6 +161,8 @@ class Stream:
         )
         rows = []
         for block in stream.iter_batches(batch_size=None, prefetch_batches=len(items)):
+            if block["failed"][0]:
+                raise rebuilt(*str(block["failed"][0]).split(" ", 1))
             self.nodes.update(block["node"].tolist())
             for i, (position, tile_id, bad) in enumerate(
                 zip(block["position"], block["tile_id"], block["bad"], strict=True)

@@ -32,7 +32,7 @@ def decode_image(data: bytes, side: int) -> np.ndarray:
     """
     if data[:4] != _WEBP or data[8:12] != b"WEBP":
         raise ValueError(f"stored image is not WebP, it starts with {data[:12]!r}")
-    return _checked(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB), (side, side, 3))
+    return _decoded(data, cv2.IMREAD_COLOR_RGB, (side, side, 3))
 
 
 def decode_label(data: bytes, side: int) -> np.ndarray:
@@ -43,10 +43,20 @@ def decode_label(data: bytes, side: int) -> np.ndarray:
     """
     if data[:8] != _PNG:
         raise ValueError(f"stored label is not PNG, it starts with {data[:8]!r}")
-    return _checked(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED), (side, side))
+    return _decoded(data, cv2.IMREAD_UNCHANGED, (side, side))
 
 
-def _checked(array: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+def _decoded(data: bytes, flags: int, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        with Image.open(io.BytesIO(data), formats=["WEBP", "PNG"]) as header:
+            size = header.size
+        if size != shape[1::-1]:  # before any pixel is decoded: the header may claim gigabytes
+            raise ValueError(
+                f"its header says {size[1]} x {size[0]}, the store holds {shape[0]} x {shape[1]}"
+            )
+        array = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except (OSError, Image.DecompressionBombError, cv2.error) as error:
+        raise ValueError(f"cannot be decoded ({' '.join(str(error).split())[:120]})") from error
     if array is None or array.shape != shape or array.dtype != np.uint8:
         found = "nothing" if array is None else f"{array.shape} {array.dtype}"
         raise ValueError(f"decoded to {found}, the store holds {shape} uint8")

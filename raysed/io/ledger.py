@@ -1,6 +1,6 @@
 """The run directory: what a run has done, and all that is needed to go on, verify and replay it.
 
-config.json                 the experiment and the data set it runs on
+config.json                 the experiment and the data set it runs on, and from which cycle on
 leases/000001.json          who holds the run; the highest number does, and its number is the fencing token
 cycle_0007/                 model.safetensors optimizer.safetensors scores.parquet selected.parquet state.json
 cycle_0007/manifest.json    sizes and hashes of the files, metrics, seconds: written last and only once, the commit
@@ -22,17 +22,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raysed.config import Experiment
+from raysed.core import metrics
 from raysed.core.acquisition import STRATEGIES, Selection
 from raysed.core.randomness import keyed_rng
 from raysed.errors import DataError, RunHeldError, StorageError, UsageError
 from raysed.io.storage import Storage, digest
 
-FORMAT = 1
+FORMAT = 2
 KEEP_EVERY = 10
 """Weights of every tenth cycle are kept, besides those of the newest two; optimiser state of the newest two only."""
 _NEEDED = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -69,31 +71,38 @@ class Ledger:
         Raises:
             UsageError: config, data set or format differ from the run's, with the difference.
         """
-        config = {"format": FORMAT, "experiment": experiment.to_dict(), "dataset_hash": dataset_hash}
-        body = (json.dumps(config, indent=1) + "\n").encode()
-        if self.storage.create("config.json", body):
+        own = {"from_cycle": 0, "experiment": experiment.to_dict(), "dataset_hash": dataset_hash}
+        if self.storage.create("config.json", _config_bytes([own])):
             return
         begun, begun_hash = self.config()
         differs = {k: v for k, v in begun.differences(experiment).items() if not k.startswith(MAY_CHANGE)}
         lines = [f"{k}: {old!r} there, {new!r} now" for k, (old, new) in differs.items()]
         if begun_hash != dataset_hash:
             lines.append(f"data set: {begun_hash[:12]} there, {dataset_hash[:12]} now")
-        if lines and not self.storage.exists(f"{folder(0)}/manifest.json"):
-            self.storage.write("config.json", body)  # nothing is committed yet: begin anew
+        if not lines:
             return
-        if lines and not experiment.allow_config_change:
+        committed = len(self.manifests())
+        if committed and not experiment.allow_config_change:
             raise UsageError(
                 f"run {self.storage.uri} was begun with another configuration ({'; '.join(lines)}): "
-                "choose another --run, or continue it as it is with --allow-config-change"
+                "choose another --run, or go on with the new one with --allow-config-change"
             )
+        kept_ones = [c for c in self._configs() if c["from_cycle"] < committed]
+        self.storage.write("config.json", _config_bytes([*kept_ones, {**own, "from_cycle": committed}]))
 
-    def config(self) -> tuple[Experiment, str]:
-        """The experiment as begun, and the content hash of its data set.
+    def config(self, cycle: int | None = None) -> tuple[Experiment, str]:
+        """The experiment and the content hash of the data set that a cycle ran under; without a cycle, the newest.
 
         Raises:
             UsageError: no run here.
             DataError: another format.
         """
+        found = [c for c in self._configs() if cycle is None or c["from_cycle"] <= cycle][-1]
+        return Experiment.from_dict(found["experiment"], f"{self.storage.uri}/config.json"), found[
+            "dataset_hash"
+        ]
+
+    def _configs(self) -> list[dict[str, Any]]:
         where = f"{self.storage.uri}/config.json"
         try:
             config = json.loads(self.storage.read("config.json"))
@@ -103,16 +112,35 @@ class Ledger:
             raise DataError(f"{where}: not JSON ({error})") from error
         if config.get("format") != FORMAT:
             raise DataError(f"{where}: run format {config.get('format')}, this version reads {FORMAT}")
-        return Experiment.from_dict(config["experiment"], where), config["dataset_hash"]
+        return config["configs"]
 
     def manifests(self) -> list[Manifest]:
-        """All committed cycles in order: those from 0 on without a gap."""
+        """All committed cycles in order: those from 0 on without a gap.
+
+        Raises:
+            DataError: a manifest that is not one.
+        """
         paths = self.storage.list()
         found: list[Manifest] = []
         while (path := f"{folder(len(found))}/manifest.json") in paths:
-            fields = json.loads(self.storage.read(path))
-            found.append(Manifest(fields["cycle"], fields["files"], fields["record"]))
+            try:
+                fields = json.loads(self.storage.read(path))
+                manifest = Manifest(fields["cycle"], fields["files"], fields["record"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(
+                    f"{self.storage.uri}/{path} is damaged ({error!r}): remove it, and the run continues before that cycle"
+                ) from error
+            found.append(manifest)
         return found
+
+    def beyond_gap(self) -> list[str]:
+        """Manifests that do not count, because a cycle before them has none."""
+        committed = {f"{folder(m.cycle)}/manifest.json" for m in self.manifests()}
+        return sorted(
+            p
+            for p in self.storage.list()
+            if p.endswith("/manifest.json") and p.startswith("cycle_") and p not in committed
+        )
 
     def commit(self, cycle: int, files: dict[str, bytes], record: Callable[[], dict[str, Any]]) -> Manifest:
         """Write a cycle: its files, then the manifest that makes them count.
@@ -199,12 +227,16 @@ class Ledger:
 
     def write_lines(self, manifests: list[Manifest]) -> None:
         """`cycles.jsonl`: one line a committed cycle."""
-        lines = [json.dumps({"cycle": m.cycle, **m.record}) for m in manifests]
-        self.storage.write("cycles.jsonl", ("\n".join(lines) + "\n").encode())
+        lines = [json.dumps({"cycle": m.cycle, **m.record}) + "\n" for m in manifests]
+        self.storage.write("cycles.jsonl", "".join(lines).encode())
 
     def _fence(self) -> None:
         if self.epoch is None or _newest_lease(self.storage) > self.epoch:
             raise RunHeldError(f"{self.storage.uri}: another driver has taken this run over; this one stops")
+
+
+def _config_bytes(configs: list[dict[str, Any]]) -> bytes:
+    return (json.dumps({"format": FORMAT, "configs": configs}, indent=1) + "\n").encode()
 
 
 def folder(cycle: int) -> str:
@@ -266,7 +298,7 @@ def choose(
 
 
 def verify(ledger: Ledger, index: pa.Table) -> list[str]:
-    """Check every hash that retention still keeps and replay every selection.
+    """Check every hash that retention still keeps, replay every selection, recompute every metric from its counts.
 
     Args:
         ledger: of the run.
@@ -275,29 +307,56 @@ def verify(ledger: Ledger, index: pa.Table) -> list[str]:
     Returns:
         What does not hold, one line each; empty if all is well.
     """
-    experiment, _ = ledger.config()
-    wrong, state, manifests = [], dict[str, Any](), ledger.manifests()
+    wrong, manifests = [], ledger.manifests()
+    state: dict[str, Any] | None = {}
+    weights: str | None = None
     for manifest in manifests:
+        experiment, _ = ledger.config(manifest.cycle)
+        wrong += [
+            f"cycle {manifest.cycle}: {line}" for line in _contradictions(manifest, experiment, weights)
+        ]
+        weights = manifest.files["model.safetensors"]["sha256"]
         try:
             for name in manifest.files:
                 if kept(name, manifest.cycle, manifests[-1].cycle):
                     ledger.read(manifest, name)
-            own = json.loads(ledger.read(manifest, "state.json"))
+            own, before = json.loads(ledger.read(manifest, "state.json")), state
+            state = own["strategy"]
             scores = ledger.table(manifest, "scores.parquet") if "scores.parquet" in manifest.files else None
+            if before is None:
+                wrong.append(f"cycle {manifest.cycle}: not replayed, the state before it is lost")
+                continue
             again = choose(
                 experiment,
                 manifest.cycle,
                 scores=scores,
                 index=index,
-                state=state,
+                state=before,
                 excluded=set(own["excluded"]),
             )
             if selection_table(again) != ledger.table(manifest, "selected.parquet"):
                 wrong.append(f"cycle {manifest.cycle}: the replayed selection differs from the committed one")
-            state = own["strategy"]
         except DataError as error:
             wrong.append(f"cycle {manifest.cycle}: {error}")
-    return wrong
+            if "state.json" in str(error):
+                state = None
+    return wrong + [f"{path} does not count: a cycle before it is missing" for path in ledger.beyond_gap()]
+
+
+def _contradictions(manifest: Manifest, experiment: Experiment, weights: str | None) -> list[str]:
+    """What a cycle's record says that its configuration, the cycle before it or its own counts deny."""
+    record, val = manifest.record, manifest.record["val"]
+    lines = []
+    if record["config_hash"] != config_hash(experiment):
+        lines.append("the hash of its configuration is not that of config.json")
+    if weights and record["scoring_weights"] not in (None, weights):
+        lines.append("it was scored with weights that are not those of the cycle before")
+    if "counts" in val:
+        again = metrics.scores(np.array(val["counts"]), list(val["iou"]))
+        lines += [
+            f"val.{k} is {val.get(k)!r}, its counts say {v!r}" for k, v in again.items() if val.get(k) != v
+        ]
+    return lines
 
 
 def difference(one: Ledger, other: Ledger) -> list[str]:
@@ -318,10 +377,11 @@ def difference(one: Ledger, other: Ledger) -> list[str]:
             if x.files.get(name, {}).get("sha256") != y.files.get(name, {}).get("sha256"):
                 lines.append(f"cycle {x.cycle}: {name} differs")
         for group in ("train", "val"):
+            left, right = x.record[group], y.record[group]
             lines += [
-                f"cycle {x.cycle}: {group}.{k} {v!r} and {y.record[group].get(k)!r}"
-                for k, v in x.record[group].items()
-                if v != y.record[group].get(k)
+                f"cycle {x.cycle}: {group}.{k} {left.get(k)!r} and {right.get(k)!r}"
+                for k in sorted(left.keys() | right.keys())
+                if left.get(k) != right.get(k)
             ]
     return lines
 

@@ -1,6 +1,7 @@
 """The stream, the scorers and the loop on a real local Ray."""
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import ray
 import torch
 
+from raysed.cluster import scoring
 from raysed.cluster.launch import _check_data
 from raysed.cluster.scoring import BATCH, Network, Scorer, score_pool
 from raysed.cluster.stream import Stream
@@ -20,6 +22,7 @@ from raysed.core.plan import plan
 from raysed.core.randomness import keyed_rng
 from raysed.core.step import to_device
 from raysed.core.uncertainty import tile_scores
+from raysed.errors import ResourcesError, StorageError
 from raysed.io.store import Store, read_tiles
 
 pytestmark = pytest.mark.ray
@@ -72,24 +75,67 @@ def test_a_bad_tile_is_black_and_void_and_reported(ray_session, damaged_store):
     assert rows[4].label.max() > 0
 
 
+@pytest.fixture
+def shardless_store(small_store, tmp_path):
+    """A copy of the small store with a folder where a shard must be: the storage refuses, no tile is at fault."""
+    uri = tmp_path / "refusing"
+    shutil.copytree(small_store, uri)
+    for shard in (uri / "shards").iterdir():
+        shard.unlink()
+        shard.mkdir()
+    return str(uri)
+
+
+def test_a_storage_that_refuses_comes_out_of_stream_and_scorer_as_itself(
+    ray_session, shardless_store, weights
+):
+    store = Store.open(shardless_store)
+    ids = store.split("train")["tile_id"].to_pylist()[:5]
+    source = stream(store, list(enumerate(ids)), 256)
+    with pytest.raises(StorageError, match=r"shards/part-00000\.parquet: .*directory") as failed:
+        source.take(range(5))
+    source.close()
+    assert "\n" not in str(failed.value)
+    network = Network("unet:resnet18", 8, "fp32", "cpu")
+    scorer = ray.remote(Scorer).remote(network, shardless_store, store.dataset.tile_size, 1 << 30)
+    with pytest.raises(StorageError, match=r"shards/part-00000\.parquet: .*directory"):
+        score_pool([scorer], [1], weights, "v1", store.locations(ids))
+    ray.kill(scorer)
+
+
+def test_scorers_that_die_again_and_again_end_the_scoring(ray_session, small_store, weights, monkeypatch):
+    class Doomed(Scorer):
+        def score(self, weights, version, locations, threads):
+            os._exit(9)
+
+    monkeypatch.setattr(scoring, "PATIENCE", 8.0)
+    store = Store.open(small_store)
+    network = Network("unet:resnet18", 8, "fp32", "cpu")
+    actor = ray.remote(Doomed).options(num_cpus=0.1, max_restarts=-1)
+    doomed = [actor.remote(network, small_store, store.dataset.tile_size, 1 << 30) for _ in range(2)]
+    with pytest.raises(ResourcesError, match=r"no scorer has given a score for 8 s, 0 of 2 chunks .*memory"):
+        score_pool(doomed, [1, 1], weights, "v1", store.locations(store.index["tile_id"].to_pylist()[:40]))
+    for scorer in doomed:
+        ray.kill(scorer)
+
+
 @pytest.fixture(scope="module")
 def pool(ray_session, small_store):
     class MortalScorer(Scorer):
         """Dies once, while it holds its second chunk of the weights `deadly`."""
 
-        def score(self, weights, version, locations):
+        def score(self, weights, version, locations, threads):
             self.calls = getattr(self, "calls", 0) + (version == "deadly")
             marker = Path(self.storage.uri, "died")
             if self.calls == 2 and not marker.exists():
                 marker.touch()
                 os._exit(9)
-            return super().score(weights, version, locations)
+            return super().score(weights, version, locations, threads)
 
     network = Network("unet:resnet18", 8, "fp32", "cpu")
     actor = ray.remote(MortalScorer).options(num_cpus=0.1, max_restarts=-1)
     side = Store.open(small_store).dataset.tile_size
     made = [actor.remote(network, small_store, side, 1 << 30) for _ in range(2)]
-    ray.get([s.set_threads.remote(1) for s in made])
     yield made
     for s in made:
         ray.kill(s)
@@ -103,7 +149,7 @@ def weights():
 def test_scores_of_the_pool_equal_a_plain_loop_though_a_scorer_dies(pool, weights, small_store):
     store = Store.open(small_store)
     ids = sorted(store.index["tile_id"].to_pylist())
-    calm = score_pool(pool, weights, "v1", store.locations(ids[::-1]))
+    calm = score_pool(pool, [1, 1], weights, "v1", store.locations(ids[::-1]))
     assert calm.table["tile_id"].to_pylist() == ids
     assert sum(calm.nodes.values()) == len(ids)
 
@@ -120,11 +166,11 @@ def test_scores_of_the_pool_equal_a_plain_loop_though_a_scorer_dies(pool, weight
     assert calm.table["entropy"].to_numpy() == pytest.approx(plain[:, 0], rel=1e-5)
     assert np.stack(calm.table["mass"].to_pylist()) == pytest.approx(plain[:, 2:], rel=1e-3, abs=1e-6)
 
-    faulted = score_pool(pool, weights, "deadly", store.locations(ids))
+    faulted = score_pool(pool, [1, 1], weights, "deadly", store.locations(ids))
     assert Path(small_store, "died").exists()
     assert faulted.table == calm.table
     assert (
-        score_pool(pool, weights, "v3", store.locations(ids)).table == calm.table
+        score_pool(pool, [1, 1], weights, "v3", store.locations(ids)).table == calm.table
     )  # the dead one is back or left out
 
 
@@ -136,7 +182,9 @@ def test_a_bad_tile_is_left_out_of_the_scores_and_named(ray_session, weights, da
         .options(num_cpus=0.1)
         .remote(Network("unet:resnet18", 8, "fp32", "cpu"), uri, store.dataset.tile_size, 1 << 30)
     )
-    scores = score_pool([scorer], weights, "v1", store.locations(store.index["tile_id"].to_pylist()[:40]))
+    scores = score_pool(
+        [scorer], [1], weights, "v1", store.locations(store.index["tile_id"].to_pylist()[:40])
+    )
     ray.kill(scorer)
     assert [b.tile_id for b in scores.bad] == [victim]
     assert len(scores.table) == 39

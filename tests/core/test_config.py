@@ -99,3 +99,13 @@ def test_budget_larger_than_the_pool_and_empty_pool_are_refused():
         select.budget(10)
     with pytest.raises(UsageError, match="pool is empty"):
         select.budget(0)
+
+
+@pytest.mark.parametrize("argv", [("--preset", "paper"), ("--config", "FILE")])
+def test_a_configuration_without_a_tile_store_is_no_demo(tmp_path, argv):
+    file = tmp_path / "best.json"
+    file.write_text("{}")
+    argv = [str(file) if a == "FILE" else a for a in argv]
+    with pytest.raises(UsageError, match="needs a tile store: give --data, or set RAYSED_DATA"):
+        parsed(*argv)
+    assert parsed(*argv, "--data", "here").data.uri == "here"

@@ -9,12 +9,14 @@ import pyarrow as pa
 import pytest
 
 from raysed.config import ClusterConfig, Experiment, OptimConfig, SelectConfig
+from raysed.core import metrics
 from raysed.errors import DataError, RunHeldError, UsageError
 from raysed.io import ledger as module
 from raysed.io.ledger import (
     Lease,
     Ledger,
     choose,
+    config_hash,
     difference,
     folder,
     kept,
@@ -22,7 +24,7 @@ from raysed.io.ledger import (
     table_bytes,
     verify,
 )
-from raysed.io.storage import Storage
+from raysed.io.storage import Storage, digest
 
 IDS = [f"t{i:02d}" for i in range(20)]
 INDEX = pa.table({"tile_id": IDS, "label_offset": pa.array([1] * 20, pa.int64())})
@@ -40,7 +42,14 @@ def commit(ledger: Ledger, cycle: int, exp: Experiment = EXP) -> None:
         "selected.parquet": table_bytes(selection_table(selection)),
         "state.json": json.dumps({"strategy": {}, "excluded": ["t03"], "quarantine": []}).encode(),
     }
-    ledger.commit(cycle, files, lambda: {"train": {"loss": 1.0 / (cycle + 1)}, "val": {"miou": 0.1 * cycle}})
+    counts = np.array([[8, 1], [cycle, 5]])
+    record = {
+        "config_hash": config_hash(exp),
+        "scoring_weights": digest(b"m%d" % (cycle - 1)),
+        "train": {"loss": 1.0 / (cycle + 1)},
+        "val": {**metrics.scores(counts, ["field", "road"]), "counts": counts.tolist()},
+    }
+    ledger.commit(cycle, files, lambda: record)
     ledger.prune(cycle)
 
 
@@ -119,6 +128,7 @@ def test_a_driver_overtaken_twice_writes_nothing(run):
 
 def test_retention_keeps_the_newest_two_and_every_tenth(tmp_path):
     ledger = Ledger(Storage(str(tmp_path)), epoch=1)
+    ledger.open(EXP, "data")
     for cycle in range(24):
         commit(ledger, cycle)
     paths = ledger.storage.list()
@@ -126,14 +136,7 @@ def test_retention_keeps_the_newest_two_and_every_tenth(tmp_path):
         there = {c for c in range(24) if f"{folder(c)}/{name}" in paths}
         assert there == {c for c in range(24) if kept(name, c, 23)}
     assert {c for c in range(24) if f"{folder(c)}/model.safetensors" in paths} == {0, 10, 20, 22, 23}
-    assert verify_files(ledger)
-
-
-def verify_files(ledger: Ledger) -> bool:
-    ledger.storage.create(
-        "config.json", json.dumps({"format": 1, "experiment": EXP.to_dict(), "dataset_hash": ""}).encode()
-    )
-    return verify(ledger, INDEX) == []
+    assert verify(ledger, INDEX) == []
 
 
 def test_another_configuration_is_refused_with_the_difference(run):
@@ -142,8 +145,48 @@ def test_another_configuration_is_refused_with_the_difference(run):
         run.open(changed, "data")
     with pytest.raises(UsageError, match="data set: data there, other now"):
         run.open(EXP, "other")
-    run.open(replace(changed, allow_config_change=True), "data")
     run.open(replace(EXP, cluster=ClusterConfig(workers=2)), "data")
+    assert verify(run, INDEX) == []
+
+
+def test_a_run_that_goes_on_with_another_configuration_remembers_both(run):
+    changed = replace(EXP, select=SelectConfig(strategy="entropy", tiles=7), allow_config_change=True)
+    run.open(changed, "data")
+    commit(run, 4, changed)
+    assert run.config(3)[0].select.tiles is None
+    assert run.config(4)[0].select.tiles == 7
+    assert verify(run, INDEX) == []
+    with pytest.raises(UsageError, match=r"select\.tiles: 7 there, None now"):
+        run.open(EXP, "data")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"config_hash": "0"}, "not that of config.json"),
+        ({"scoring_weights": "0"}, "not those of the cycle before"),
+        (
+            {"val": {"miou": 0.9, "iou": {"field": 1, "road": 1}, "counts": [[8, 1], [2, 5]]}},
+            "val.miou is 0.9, its counts say",
+        ),
+    ],
+)
+def test_verify_finds_a_record_that_contradicts_itself(run, change, text):
+    path = f"{folder(2)}/manifest.json"
+    fields = json.loads(run.storage.read(path))
+    fields["record"] |= change
+    run.storage.write(path, json.dumps(fields).encode())
+    assert any("cycle 2" in line and text in line for line in verify(run, INDEX))
+
+
+def test_a_torn_manifest_and_a_gap_are_named(run):
+    run.storage.remove(f"{folder(1)}/manifest.json")
+    assert [line.split()[0] for line in verify(run, INDEX)[-2:]] == [
+        f"{folder(c)}/manifest.json" for c in (2, 3)
+    ]
+    run.storage.write(f"{folder(1)}/manifest.json", b'{"cycle": 1, "fi')
+    with pytest.raises(DataError, match=r"cycle_0001/manifest\.json is damaged"):
+        run.manifests()
 
 
 def test_a_run_that_has_committed_nothing_may_begin_anew(tmp_path):

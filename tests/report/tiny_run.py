@@ -11,8 +11,8 @@ from raysed.core.networks import build
 from raysed.core.tiles import LandClass, pixel_counts, tile_id
 from raysed.io import codec, store
 from raysed.io.checkpoint import pack
-from raysed.io.ledger import Ledger, choose, selection_table, table_bytes
-from raysed.io.storage import Storage
+from raysed.io.ledger import Ledger, choose, config_hash, selection_table, table_bytes
+from raysed.io.storage import Storage, digest
 from raysed.io.store import Store
 
 SIDE, CYCLES, ARCH = 32, 3, "unet:tu-test_resnet"
@@ -102,8 +102,10 @@ def write_arm(run: Storage, experiment: Experiment, tiles: Store, cycles: int = 
             "selected.parquet": table_bytes(selection_table(chosen)),
             "state.json": json.dumps({"strategy": {}, "excluded": [], "quarantine": []}).encode(),
         }
-        if cycle == cycles - 1:
-            files["model.safetensors"] = weights
-        made = record(strategy, cycle, len(chosen.tile_ids))
+        files["model.safetensors"] = weights
+        made = record(strategy, cycle, len(chosen.tile_ids)) | {
+            "config_hash": config_hash(experiment),
+            "scoring_weights": digest(weights) if table else None,
+        }
         ledger.commit(cycle, files, lambda made=made: made)
     return ledger
