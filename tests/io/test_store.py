@@ -159,8 +159,3 @@ def test_only_the_stores_own_formats_are_decoded():
         codec.decode_image(good, SIDE * 2)
     with pytest.raises(ValueError, match="cannot be decoded"):
         codec.decode_image(good[:30], SIDE)
-    with pytest.raises(ValueError, match="decoded to nothing"):
-        codec.decode_image(
-            codec.encode_image(np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3), np.uint8))[:-60],
-            SIDE,
-        )
