@@ -1,7 +1,10 @@
 import os
+import uuid
 from pathlib import Path
 
 import pytest
+
+from raysed.cluster.local import ObjectServer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -13,6 +16,22 @@ def real_data():
     if not (path / "dubai" / "classes.json").exists():
         pytest.skip(f"no real tiles at {path} (set RAYSED_REAL_DATA)")
     return path
+
+
+@pytest.fixture(scope="session")
+def object_server(tmp_path_factory):
+    """A real SeaweedFS that demands credentials, with the bucket `raysed`."""
+    with ObjectServer(tmp_path_factory.mktemp("seaweed")) as server:
+        server.bucket("raysed")
+        yield server
+
+
+@pytest.fixture
+def bucket(object_server, monkeypatch):
+    """URI of a fresh prefix; this process has the credentials."""
+    for name, value in object_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://raysed/{uuid.uuid4().hex[:8]}"
 
 
 @pytest.fixture(scope="session")

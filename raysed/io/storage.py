@@ -22,6 +22,8 @@ GAP = 8 << 10
 """Bytes between two wanted ranges up to which one request fetches both."""
 _CONCURRENCY = 16
 _ATTEMPTS = 6
+_CONNECT, _REQUEST = 5, 30
+"""Seconds until a connection or a request counts as failed."""
 _T = TypeVar("_T")
 
 
@@ -105,10 +107,12 @@ class Storage:
         full = self._full(path)
         if self.is_local:
             return self._try(path, lambda: _link_new(full, data))
+        from botocore.exceptions import BotoCoreError
+
         try:
             self._s3fs.pipe_file(full, data, mode="create")
             return True
-        except OSError as error:
+        except (OSError, BotoCoreError) as error:
             code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
             if isinstance(error, FileExistsError) or code in (
                 "PreconditionFailed",
@@ -203,8 +207,8 @@ class Storage:
         return fs.S3FileSystem(
             endpoint_override=endpoint,
             region=region or ("us-east-1" if endpoint else None),
-            connect_timeout=5,
-            request_timeout=30,
+            connect_timeout=_CONNECT,
+            request_timeout=_REQUEST,
             retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
         )
 
@@ -213,7 +217,12 @@ class Storage:
         import s3fs
 
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        return s3fs.S3FileSystem(endpoint_url=endpoint, skip_instance_cache=True)
+        limits = {
+            "connect_timeout": _CONNECT,
+            "read_timeout": _REQUEST,
+            "retries": {"max_attempts": _ATTEMPTS, "mode": "standard"},
+        }
+        return s3fs.S3FileSystem(endpoint_url=endpoint, config_kwargs=limits, skip_instance_cache=True)
 
 
 def digest(data: bytes) -> str:

@@ -1,18 +1,22 @@
 import itertools
 import pickle
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raysed.errors import UsageError
+from raysed.errors import StorageError, UsageError
 from raysed.io.storage import Storage, coalesce
 
 
-@pytest.fixture
-def storage(tmp_path):
+@pytest.fixture(params=["disk", "bucket"])
+def storage(request, tmp_path):
+    """Every operation on both kinds; the bucket is a real SeaweedFS."""
+    if request.param == "bucket":
+        return Storage(request.getfixturevalue("bucket") + "/root")
     return Storage(str(tmp_path / "root"))
 
 
@@ -48,7 +52,8 @@ def test_create_has_one_winner_among_racing_threads(storage):
     assert storage.read("manifest.json") == b"%d" % won[0]
 
 
-def test_a_failed_write_leaves_the_old_bytes_and_no_litter(storage, monkeypatch):
+def test_a_failed_write_leaves_the_old_bytes_and_no_litter(tmp_path, monkeypatch):
+    storage = Storage(str(tmp_path / "root"))
     storage.write("x", b"old")
 
     def full(*_: object) -> None:
@@ -76,6 +81,50 @@ def test_ranges_come_back_in_the_order_asked_for(storage):
     storage.write("x", data)
     spans = [(20000, 10), (5, 3), (5, 8), (25590, 20), (6, 1)]
     assert storage.read_ranges("x", spans) == [data[o : o + n] for o, n in spans]
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Two attempts instead of six."""
+    monkeypatch.setattr("raysed.io.storage._ATTEMPTS", 2)
+
+
+OPERATIONS = {
+    "read": lambda s: s.read("x"),
+    "read_ranges": lambda s: s.read_ranges("x", [(0, 4)]),
+    "write": lambda s: s.write("x", b"data"),
+    "create": lambda s: s.create("x", b"data"),
+    "list": lambda s: s.list(),
+    "exists": lambda s: s.exists("x"),
+    "remove": lambda s: s.remove("x"),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_wrong_secret_is_one_line_that_names_the_object(bucket, monkeypatch, impatient, operation):
+    Storage(bucket).write("x", b"data")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(StorageError) as failed:
+        OPERATIONS[operation](Storage(bucket))
+    assert str(failed.value).startswith(f"{bucket}/" if operation != "list" else bucket)
+    assert "\n" not in str(failed.value)
+    assert "wrong" not in str(failed.value)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_an_unreachable_endpoint_is_one_line_in_bounded_time(bucket, monkeypatch, impatient, operation):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    began = time.monotonic()
+    with pytest.raises(StorageError) as failed:
+        OPERATIONS[operation](Storage(bucket))
+    assert "\n" not in str(failed.value)
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("operation", ["write", "create"])
+def test_a_missing_bucket_is_refused(bucket, impatient, operation):
+    with pytest.raises(StorageError, match="no-such-bucket"):
+        OPERATIONS[operation](Storage("s3://no-such-bucket/x"))
 
 
 @pytest.mark.parametrize(

