@@ -31,6 +31,11 @@ from raysed.io.provenance import environment
 from raysed.io.storage import Storage
 from raysed.io.store import Store
 
+TRAIN_SETTINGS = {
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train view
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon an end or a death is seen; 2 s of every start and end otherwise
+}
+"""Ray Train reads these where `fit` is called; what the user has set stands."""
 RESTARTS = 3
 """Times Ray restarts the worker group after a lost worker or node."""
 
@@ -219,6 +224,8 @@ def _start_scorers(experiment: Experiment, store: Store, device: str, count: int
 
 
 def _trainer(experiment: Experiment, setup: Setup) -> TorchTrainer:
+    for name, value in TRAIN_SETTINGS.items():
+        os.environ.setdefault(name, value)
     cluster = experiment.cluster
     gpu = setup.device == "cuda"
     resources = {"CPU": cluster.worker_cpus} | ({"GPU": cluster.worker_gpus} if gpu else {})

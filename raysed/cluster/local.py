@@ -122,7 +122,13 @@ class ObjectServer:
         for name, port in self.ports.items():
             kind, _, grpc = name.partition(".")
             options[f"{kind}.port.grpc" if grpc else f"{kind}.port"] = port
-        command = [str(weed), "-logdir", str(self.folder), "server", *(f"-{k}={v}" for k, v in options.items())]
+        command = [
+            str(weed),
+            "-logdir",
+            str(self.folder),
+            "server",
+            *(f"-{k}={v}" for k, v in options.items()),
+        ]
         self.process = Process(command, self.folder / "weed.log", dict(os.environ))
         self.process.wait_until(self._takes_a_write, "SeaweedFS")
 
@@ -140,7 +146,9 @@ class ObjectServer:
 
         client = self._client()
         try:  # the port is open before the volume server takes writes
-            with contextlib.suppress(client.exceptions.BucketAlreadyExists, client.exceptions.BucketAlreadyOwnedByYou):
+            with contextlib.suppress(
+                client.exceptions.BucketAlreadyExists, client.exceptions.BucketAlreadyOwnedByYou
+            ):
                 client.create_bucket(Bucket="readiness")
             client.put_object(Bucket="readiness", Key="probe", Body=b"x")
         except (BotoCoreError, ClientError):
@@ -199,7 +207,9 @@ class LocalCluster:
 
     def add_node(self, cpus: int = 1) -> int:
         """Start another node; its number for `kill_node`."""
-        self._start(f"--address={self.address}", "--node-ip-address=127.0.0.1", f"--num-cpus={cpus}", "--num-gpus=0")
+        self._start(
+            f"--address={self.address}", "--node-ip-address=127.0.0.1", f"--num-cpus={cpus}", "--num-gpus=0"
+        )
         return len(self.nodes) - 1
 
     def kill_node(self, number: int) -> None:
