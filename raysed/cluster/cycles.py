@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -35,12 +35,16 @@ from raysed.core.acquisition import STRATEGIES
 from raysed.core.losses import class_weights
 from raysed.core.plan import Plan, plan
 from raysed.core.step import Learner, Totals, learning_rate, resolve_precision, to_device
+from raysed.core.tiles import palette, target_of
 from raysed.errors import DataError, DivergedError, RaysedError
 from raysed.io import checkpoint
+from raysed.io.codec import encode_picture
 from raysed.io.ledger import Ledger, Manifest, choose, config_hash, selection_table, table_bytes
 from raysed.io.storage import Storage, digest
 from raysed.io.store import BadTile, Store
 
+EXAMPLES, EXAMPLES_EVERY = 4, 5
+"""Validation tiles that are pictured with label and prediction, and the cycles between pictures."""
 HOLD_SECONDS = 60.0
 """How long a run waits at the point named by RAYSED_HOLD, for whoever wants to kill it there."""
 
@@ -131,6 +135,7 @@ class Worker:
         self.state: dict[str, Any] = {}
         self.validation = sorted(labelled(self.store.split("val")))
         self.validation_rows: list[list[Row]] | None = None
+        self.examples: list[Row] = []
 
     def run(self) -> bool:
         """All cycles that are left; False if the run was asked to stop."""
@@ -220,6 +225,8 @@ class Worker:
             }
             if scores:
                 files["scores.parquet"] = table_bytes(scores.table)
+            if cycle % EXAMPLES_EVERY == 0 or cycle == self.exp.cycles - 1:
+                files["examples.png"] = self._pictured()
             record = {
                 "strategy": self.exp.select.strategy,
                 "seed": self.exp.seed,
@@ -273,7 +280,7 @@ class Worker:
     ) -> tuple[dict[str, float], dict[str, Any]]:
         exp = self.exp
         share = [(p, order.order[p]) for p in order.share(self.rank, self.workers)]
-        stream = self._stream(share, keys=(exp.seed, cycle))
+        stream = self._stream("train", share, keys=(exp.seed, cycle))
         began, done, lr = time.perf_counter(), [], exp.optim.lr
         for step in range(order.steps):
             if step == order.steps // 2:
@@ -337,7 +344,24 @@ class Worker:
         }
 
     def _totals(self, batches: Iterable[list[Row]]) -> Totals:
-        return self.learner.evaluate(to_device(*self._arrays(rows), self.device) for rows in batches)
+        def arrays() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for rows in batches:
+                self.examples = self.examples or rows[:EXAMPLES]
+                yield to_device(*self._arrays(rows), self.device)
+
+        return self.learner.evaluate(arrays())
+
+    def _pictured(self) -> bytes:
+        """PNG of a few validation tiles, one a row: image, label, prediction."""
+        images, labels = self._arrays(self.examples)
+        guess = self.learner.predict(to_device(images, labels, self.device)[0]).numpy()
+        colors = np.zeros((256, 3), np.uint8)
+        colors[: len(self.names)] = palette(self.store.dataset.classes)
+        rows = [
+            np.hstack([x, colors[target_of(y)], colors[p]])
+            for x, y, p in zip(images, labels, guess, strict=True)
+        ]
+        return encode_picture(np.vstack(rows))
 
     def _read_validation(self) -> tuple[Stream, list[range]]:
         """This rank's share of the validation tiles, whole batches of the global order, and their positions."""
@@ -347,13 +371,14 @@ class Worker:
         ]
         own = batches[self.rank :: self.workers]
         wanted = [(p, self.validation[p]) for b in own for p in b]
-        return self._stream(wanted, keys=None), own
+        return self._stream("val", wanted, keys=None), own
 
-    def _stream(self, wanted: list[tuple[int, str]], keys: tuple[int, int] | None) -> Stream:
+    def _stream(self, name: str, wanted: list[tuple[int, str]], keys: tuple[int, int] | None) -> Stream:
         cluster = self.exp.cluster
         return Stream(
             self.store,
             wanted,
+            name=f"{self.arm.name}-{name}",
             chunk=cluster.chunk,
             reader_cpus=cluster.reader_cpus,
             keys=keys,

@@ -104,7 +104,7 @@ def _run(
     scorers = _scorer_count(experiment, device) if any(_scores(a.experiment) for a in held) else 0
     _check_resources(experiment, device, scorers)
     watcher: Any = ray.remote(Monitor).options(num_cpus=0, max_concurrency=8, scheduling_strategy=_here())
-    monitor = watcher.remote()
+    monitor = watcher.remote(scorers)
     pool = _start_scorers(experiment, store, device, scorers)
     setup = Setup(held, pool, monitor, device, environment(), hold)
     boards, committed = {}, {}

@@ -97,6 +97,7 @@ class Stream:
     Args:
         store: the tile store.
         wanted: (position, tile_id) in the order of use.
+        name: of the data sets, as the dashboard shows them.
         chunk: tiles drained at once.
         reader_cpus: CPUs of a read task.
         keys: (seed, cycle) that own the augmentation; None leaves tiles as they are.
@@ -108,6 +109,7 @@ class Stream:
         store: Store,
         wanted: Sequence[tuple[int, str]],
         *,
+        name: str,
         chunk: int,
         reader_cpus: float,
         keys: tuple[int, int] | None,
@@ -117,7 +119,7 @@ class Stream:
         self.nodes: Counter[str] = Counter()
         self.stall = 0.0
         """Seconds spent waiting for tiles."""
-        self._wanted, self._store, self._reader_cpus = list(wanted), store, reader_cpus
+        self._wanted, self._store, self._name, self._reader_cpus = list(wanted), store, name, reader_cpus
         self._arguments = {
             "uri": store.storage.uri,
             "side": store.dataset.tile_size,
@@ -159,6 +161,7 @@ class Stream:
             batch_size=None,
             num_cpus=self._reader_cpus,
         )
+        stream.set_name(self._name)
         rows = []
         for block in stream.iter_batches(batch_size=None, prefetch_batches=len(items)):
             if block["failed"][0]:

@@ -3,28 +3,67 @@
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from raysed.config import Experiment
-from raysed.io.ledger import Manifest
+from raysed.io.codec import decode_picture
+from raysed.io.ledger import Ledger, Manifest
 from raysed.io.storage import Storage
+
+GAUGES = {
+    "raysed_cycle": "Cycles committed",
+    "raysed_train_loss": "Focal loss of the last cycle's training tiles, mean over known pixels",
+    "raysed_val_loss": "Focal loss on the validation tiles, mean over known pixels",
+    "raysed_val_miou": "Mean IoU over the classes present in the validation tiles",
+    "raysed_tiles_per_second": "Tiles a second of the last cycle, by phase",
+    "raysed_stall_share": "Share of the last cycle spent waiting for tiles",
+    "raysed_scorers": "Scoring actors",
+}
+"""Prometheus gauges of a run, labelled by arm; Ray exports them as `ray_<name>` on the metrics port of the driver's node."""
+
+
+def gauge_values(manifest: Manifest, scorers: int) -> Iterator[tuple[str, str, float]]:
+    """(gauge, phase or "", value) of a committed cycle."""
+    record = manifest.record
+    seconds, val = record["seconds"], record["val"]
+    yield "raysed_cycle", "", manifest.cycle + 1
+    yield "raysed_train_loss", "", record["train"]["loss"]
+    yield "raysed_val_loss", "", val["loss"]
+    yield "raysed_val_miou", "", val["miou"]
+    yield "raysed_stall_share", "", seconds.get("stall", 0.0) / seconds["total"]
+    yield "raysed_scorers", "", scorers
+    scored = record["scores"]["tiles"] if record["scores"] else 0
+    for phase, tiles in (("score", scored), ("train", record["tiles"]), ("evaluate", val["tiles"])):
+        if tiles and seconds.get(phase):
+            yield "raysed_tiles_per_second", phase, tiles / seconds[phase]
 
 
 class Monitor:
     """An actor where rank 0 posts events and the driver waits for them; and where the driver asks the run to stop.
 
-    An event is a dict with a `kind`: "phase" (cycle, phase), "cycle" (arm, cycle, record), "say" (text), "failed" (exit_code,
+    An event is a dict with a `kind`: "phase" (cycle, phase), "cycle" (arm, manifest), "say" (text), "failed" (exit_code,
     text), "done".
+
+    Args:
+        scorers: how many there are, for the gauge.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, scorers: int) -> None:
+        from ray.util.metrics import Gauge
+
+        self.gauges = {name: Gauge(name, text, tag_keys=("arm", "phase")) for name, text in GAUGES.items()}
+        self.scorers = scorers
         self.events: list[dict[str, Any]] = []
         self.changed = threading.Condition()
         self.stopping = False
 
     def post(self, event: dict[str, Any]) -> None:
+        """Add an event."""
+        if event["kind"] == "cycle":
+            for name, phase, value in gauge_values(event["manifest"], self.scorers):
+                self.gauges[name].set(value, {"arm": event["arm"], "phase": phase})
         with self.changed:
             self.events.append(event)
             self.changed.notify_all()
@@ -128,6 +167,9 @@ class TensorBoard:
             scalars["scores/entropy_mean"] = record["scores"]["entropy_mean"]
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, manifest.cycle, walltime=time.time())
+        if "examples.png" in manifest.files:
+            pixels = decode_picture(Ledger(self.run).read(manifest, "examples.png"))
+            self.writer.add_image("image, label, prediction", pixels, manifest.cycle, dataformats="HWC")
 
     def _copy(self) -> None:
         self.writer.flush()

@@ -257,6 +257,13 @@ class Learner:
         totals.sums = sums.cpu()
         return totals
 
+    @torch.inference_mode()
+    def predict(self, images: Tensor) -> Tensor:
+        """(B, H, W) uint8 class indices of (B, 3, H, W) images, on the CPU."""
+        self.net.eval()
+        with self._autocast():
+            return self.net(images).argmax(1).to(torch.uint8).cpu()
+
     def weights(self) -> dict[str, Tensor]:
         """All parameters and buffers by name, on the CPU, contiguous: what is committed and what scorers load."""
         return {n: t.detach().cpu().clone().contiguous() for n, t in self.net.state_dict().items()}

@@ -24,6 +24,19 @@ def encode_label(label: np.ndarray) -> bytes:
     return out.getvalue()
 
 
+def encode_picture(pixels: np.ndarray) -> bytes:
+    """(H, W, 3) uint8 RGB to PNG, for people to look at; the same pixels give the same bytes."""
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG", compress_level=6)
+    return out.getvalue()
+
+
+def decode_picture(data: bytes) -> np.ndarray:
+    """Inverse of `encode_picture`; for files whose hash has been checked."""
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        return np.asarray(image)
+
+
 def decode_image(data: bytes, side: int) -> np.ndarray:
     """Stored image bytes to (side, side, 3) uint8 RGB.
 

@@ -1,7 +1,11 @@
 """The stream, the scorers and the loop on a real local Ray."""
 
+import json
 import os
+import re
 import shutil
+import time
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +14,12 @@ import pytest
 import ray
 import torch
 
+import raysed
 from raysed.cluster import scoring
 from raysed.cluster.launch import _check_data
 from raysed.cluster.scoring import BATCH, Network, Scorer, score_pool
 from raysed.cluster.stream import Stream
+from raysed.cluster.telemetry import GAUGES, Monitor
 from raysed.config import AugmentConfig, Experiment
 from raysed.core.augment import augment, to_uint8
 from raysed.core.losses import class_weights
@@ -23,6 +29,7 @@ from raysed.core.randomness import keyed_rng
 from raysed.core.step import to_device
 from raysed.core.uncertainty import tile_scores
 from raysed.errors import ResourcesError, StorageError
+from raysed.io.ledger import Manifest
 from raysed.io.store import Store, read_tiles
 
 pytestmark = pytest.mark.ray
@@ -30,7 +37,7 @@ LIMITS = AugmentConfig()
 
 
 def stream(store: Store, wanted: list[tuple[int, str]], chunk: int) -> Stream:
-    return Stream(store, wanted, chunk=chunk, reader_cpus=0.25, keys=(3, 5), limits=LIMITS)
+    return Stream(store, wanted, name="test", chunk=chunk, reader_cpus=0.25, keys=(3, 5), limits=LIMITS)
 
 
 def expected(store: Store, tile_id: str) -> tuple[np.ndarray, np.ndarray]:
@@ -200,3 +207,43 @@ def test_a_class_absent_from_training_is_said_and_weighs_nothing(small_store):
     assert "counts in validation" in said[0]
     assert "nor in validation" in said[1]
     assert class_weights(np.array(pixels["train"][1:]), 0.5)[[1, 7]].tolist() == [0, 0]
+
+
+def test_a_committed_cycle_is_on_the_metrics_port(ray_session):
+    record = {
+        "seconds": {"score": 2.0, "train": 4.0, "stall": 1.0, "evaluate": 2.0, "total": 10.0},
+        "train": {"loss": 0.5},
+        "val": {"loss": 0.75, "miou": 0.625, "tiles": 20},
+        "scores": {"tiles": 100},
+        "tiles": 24,
+    }
+    monitor = ray.remote(Monitor).options(num_cpus=0).remote(3)
+    ray.get(monitor.post.remote({"kind": "cycle", "arm": "entropy", "manifest": Manifest(6, {}, record)}))
+    port, until = ray.nodes()[0]["MetricsExportPort"], time.monotonic() + 60
+    found: dict[tuple[str, str], float] = {}
+    while len(found) < len(GAUGES) + 2 and time.monotonic() < until:
+        time.sleep(1)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+            for line in page.read().decode().splitlines():
+                if line.startswith("ray_raysed_") and 'arm="entropy"' in line:
+                    name, labels = line.split("{")
+                    phase = re.search(r'phase="(\w*)"', labels)
+                    found[name.removeprefix("ray_"), phase[1] if phase else ""] = float(line.split()[-1])
+    ray.kill(monitor)
+    assert found == {
+        ("raysed_cycle", ""): 7,
+        ("raysed_train_loss", ""): 0.5,
+        ("raysed_val_loss", ""): 0.75,
+        ("raysed_val_miou", ""): 0.625,
+        ("raysed_stall_share", ""): 0.1,
+        ("raysed_scorers", ""): 3,
+        ("raysed_tiles_per_second", "score"): 50,
+        ("raysed_tiles_per_second", "train"): 6,
+        ("raysed_tiles_per_second", "evaluate"): 10,
+    }
+
+
+def test_the_grafana_dashboard_shows_every_gauge():
+    text = (Path(raysed.__file__).parent / "report/grafana.json").read_text()
+    shown = {t["expr"] for p in json.loads(text)["panels"] for t in p["targets"]}
+    assert shown == {f"ray_{name}" for name in GAUGES}
