@@ -1,14 +1,19 @@
 # make active   the main job on the embedded demo
+# make twin     the whole cluster path on this machine: bucket, nodes, job submit (KEEP=1 leaves it up)
 # make test     all tests (make check: the ones without Ray)
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.raysed-ready
 
-.PHONY: active test check lint clean
+.PHONY: active twin test check lint clean
 
 active: $(READY)
 	$(PYTHON) jobs/active.py
+
+twin: $(READY)
+	$(PYTHON) -m pip install --quiet -c constraints.txt -e ".[local]"
+	$(PYTHON) jobs/twin.py $(if $(KEEP),--keep)
 
 test: $(READY) lint
 	$(PYTHON) -m pytest

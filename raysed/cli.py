@@ -68,6 +68,18 @@ def experiment_parser(doc: str | None, start: Experiment) -> Parser:
     parser.add_argument(
         "--config", metavar="FILE", help="start from a JSON file of fields, such as a run's config.json"
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would run where, its hours and cost, and run nothing"
+    )
+    parser.add_argument(
+        "--tiles-per-second",
+        type=float,
+        metavar="N",
+        help="training speed to reckon with in --dry-run (default: measured)",
+    )
+    parser.add_argument(
+        "--price", type=float, metavar="N", help="price of the cluster an hour, for --dry-run"
+    )
     for f in fields_of():
         _add(parser, f, _value(start, f.name))
     return parser

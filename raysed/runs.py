@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from raysed import cli
+from raysed.cluster.estimate import dry_run
 from raysed.cluster.launch import launch
 from raysed.cluster.prepare import prepare_synthetic
 from raysed.config import Experiment
+from raysed.errors import UsageError
 from raysed.io.storage import Storage
 from raysed.report.html import write_report
 from raysed.report.summary import table, write_summary
@@ -33,6 +35,9 @@ def run_experiment(doc: str | None, argv: Sequence[str], start: Experiment) -> i
     parser = cli.experiment_parser(doc, start)
     args = parser.parse(argv)
     experiment, preset = cli.parse_experiment(args, start)
+    for flag, value in (("--tiles-per-second", args.tiles_per_second), ("--price", args.price)):
+        if value is not None and (value <= 0 or not args.dry_run):
+            raise UsageError(f"{flag} must be positive and goes with --dry-run, got {value:g}")
     if experiment.data.uri is None:
         say(
             f"no --data and no RAYSED_DATA: taking the preset {preset} on the synthetic world in {DEMO_STORE}"
@@ -51,6 +56,9 @@ def run_experiment(doc: str | None, argv: Sequence[str], start: Experiment) -> i
         data=replace(experiment.data, uri=Storage(str(experiment.data.uri)).uri),
     )
     say(f"run {experiment.run}  data {experiment.data.uri}")
+    if args.dry_run:
+        dry_run(experiment, tiles_per_second=args.tiles_per_second, price=args.price, say=say)
+        return 0
     code = launch(experiment, say=say, hold=os.environ.get("RAYSED_HOLD"))
     run = Storage(str(experiment.run))
     say("\n" + table(write_summary(run)))

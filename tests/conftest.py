@@ -27,11 +27,10 @@ def object_server(tmp_path_factory):
 
 
 @pytest.fixture
-def bucket(object_server, monkeypatch):
+def bucket(object_server):
     """URI of a fresh prefix; this process has the credentials."""
-    for name, value in object_server.environment.items():
-        monkeypatch.setenv(name, value)
-    return f"s3://raysed/{uuid.uuid4().hex[:8]}"
+    with object_server.credentials():
+        yield f"s3://raysed/{uuid.uuid4().hex[:8]}"
 
 
 @pytest.fixture(scope="session")

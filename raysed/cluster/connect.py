@@ -25,7 +25,7 @@ def connect() -> None:
         settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, **own}
         try:
             ray.init(address=address or "local", **settings)
-        except (ConnectionError, RuntimeError) as error:
+        except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
             remedy = (
                 "check RAY_ADDRESS"
                 if given

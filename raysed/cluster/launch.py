@@ -66,7 +66,7 @@ def launch(experiment: Experiment, *, say: Callable[[str], None], hold: str | No
     """
     arms = arms_of(experiment)
     store = Store.open(str(experiment.data.uri))
-    _check_data(experiment, store, say)
+    check_data(experiment, store, say)
     with ExitStack() as stack:
         stopper = stack.enter_context(Stopper())
         held = []
@@ -99,10 +99,10 @@ def _run(
 ) -> None:
     """Start the actors and the trainer, watch until they end."""
     connect()
-    _check_paths(experiment)
-    device = _device(experiment)
-    scorers = _scorer_count(experiment, device) if any(_scores(a.experiment) for a in held) else 0
-    _check_resources(experiment, device, scorers)
+    check_paths(experiment)
+    device = device_of(experiment)
+    scorers = scorer_count(experiment, device) if any(_scores(a.experiment) for a in held) else 0
+    check_resources(experiment, device, scorers)
     watcher: Any = ray.remote(Monitor).options(num_cpus=0, max_concurrency=8, scheduling_strategy=_here())
     monitor = watcher.remote(scorers)
     pool = _start_scorers(experiment, store, device, scorers)
@@ -125,7 +125,8 @@ def _scores(experiment: Experiment) -> bool:
     return STRATEGIES[experiment.select.strategy].needs_scores
 
 
-def _check_data(experiment: Experiment, store: Store, say: Callable[[str], None]) -> None:
+def check_data(experiment: Experiment, store: Store, say: Callable[[str], None]) -> None:
+    """Prove that the experiment fits its tile store; absent classes are said."""
     dataset = store.dataset
     if experiment.select.strategy not in STRATEGIES:
         raise UsageError(
@@ -150,7 +151,8 @@ def _check_data(experiment: Experiment, store: Store, say: Callable[[str], None]
             )
 
 
-def _check_paths(experiment: Experiment) -> None:
+def check_paths(experiment: Experiment) -> None:
+    """Refuse local paths on a cluster of several nodes."""
     nodes = [n for n in ray.nodes() if n["Alive"]]
     if len(nodes) == 1 or experiment.cluster.shared_filesystem:
         return
@@ -162,13 +164,15 @@ def _check_paths(experiment: Experiment) -> None:
             )
 
 
-def _device(experiment: Experiment) -> str:
+def device_of(experiment: Experiment) -> str:
+    """cpu or cuda."""
     gpus = ray.cluster_resources().get("GPU", 0)
     wanted = experiment.cluster.device
     return wanted if wanted != "auto" else "cuda" if gpus >= experiment.cluster.workers else "cpu"
 
 
-def _scorer_count(experiment: Experiment, device: str) -> int:
+def scorer_count(experiment: Experiment, device: str) -> int:
+    """Scoring actors, if there is anything to score."""
     resources = ray.cluster_resources()
     units = (
         resources.get("GPU", 0)
@@ -178,7 +182,7 @@ def _scorer_count(experiment: Experiment, device: str) -> int:
     return experiment.cluster.scorers or max(1, int(units))
 
 
-def _check_resources(experiment: Experiment, device: str, scorers: int) -> None:
+def check_resources(experiment: Experiment, device: str, scorers: int) -> None:
     """Prove that workers, scorers and at least one read task fit at once: Ray would wait for ever without an error."""
     cluster = experiment.cluster
     wanted: dict[str, float] = {}

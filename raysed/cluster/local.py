@@ -92,6 +92,19 @@ class ObjectServer:
             "AWS_REGION": "us-east-1",
         }
 
+    @contextlib.contextmanager
+    def credentials(self) -> Iterator[None]:
+        """This process has them inside the block."""
+        before = {name: os.environ.get(name) for name in self.environment}
+        os.environ.update(self.environment)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
+
     def __enter__(self) -> Self:
         self.start()
         return self
@@ -185,6 +198,7 @@ class LocalCluster:
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "RAYSED_"))},
             **environment,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_ADDRESS": self.address,  # pins what runs inside to this cluster, should there be another on the machine

@@ -169,7 +169,7 @@ class TensorBoard:
             self.writer.add_scalar(name, value, manifest.cycle, walltime=time.time())
         if "examples.png" in manifest.files:
             pixels = decode_picture(Ledger(self.run).read(manifest, "examples.png"))
-            self.writer.add_image("image, label, prediction", pixels, manifest.cycle, dataformats="HWC")
+            self.writer.add_image("examples", pixels, manifest.cycle, dataformats="HWC")
 
     def _copy(self) -> None:
         self.writer.flush()

@@ -406,6 +406,7 @@ class Lease:
 
     Raises (on entering):
         RunHeldError: a living driver holds the run; the message names it.
+        StorageError: the storage does not honour the conditional put that all of this rests on.
     """
 
     def __init__(self, storage: Storage) -> None:
@@ -426,6 +427,11 @@ class Lease:
             self._await_death(last)
         if not self.storage.create(_lease(last + 1), self._body(0)):
             raise RunHeldError(f"run {self.storage.uri} was taken by another driver just now")
+        if self.storage.create(_lease(last + 1), b"a second put of what exists"):
+            raise StorageError(
+                f"{self.storage.uri} overwrites what a conditional put (If-None-Match) must not: two drivers could commit the same "
+                "cycle; use a bucket that honours it"
+            )
         self.epoch = last + 1
         for old in range(1, last):
             self.storage.remove(_lease(old))

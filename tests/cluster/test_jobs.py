@@ -1,83 +1,15 @@
 """The jobs as a user runs them: processes, exit codes, one line an error; killed and continued."""
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
-import psutil
 import pytest
+from processes import FAST, error_line, kill_at, run
 
 from raysed.io.ledger import Ledger, difference, verify
 from raysed.io.storage import Storage
 from raysed.io.store import Store
 
 pytestmark = pytest.mark.ray
-ROOT = Path(__file__).resolve().parents[2]
-FAST = [
-    *("--arch", "unet:resnet18", "--select.tiles", "24", "--optim.lr", "1e-3", "--optim.micro-batch", "4"),
-    *("--cluster.chunk", "16",),
-]  # fmt: skip
-
-
-def command(job: str, *argv: str) -> list[str]:
-    return [sys.executable, f"jobs/{job}.py", *argv]
-
-
-def environment(**extra: str) -> dict[str, str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAYSED_") and k != "RAY_ADDRESS"}
-    return {**clean, "RAYSED_REAL_DATA": os.environ.get("RAYSED_REAL_DATA", ""), **extra}
-
-
-def run(
-    job: str, *argv: str, code: int = 0, timeout: float = 240, **extra: str
-) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command(job, *argv),
-        cwd=ROOT,
-        env=environment(**extra),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    assert done.returncode == code, f"{done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done
-
-
-def error_line(done: subprocess.CompletedProcess[str]) -> str:
-    """The one error line; there must be no traceback beside it."""
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    return lines[0]
-
-
-def kill_at(point: str, job: str, *argv: str) -> None:
-    """Start a job that waits at a named point and SIGKILL its process group there."""
-    process = subprocess.Popen(
-        command(job, *argv), cwd=ROOT, env=environment(RAYSED_HOLD=point), stdout=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    children = []
-    try:
-        assert process.stdout
-        for line in process.stdout:
-            if line.startswith("holding at"):
-                phase, _, cycle = point.partition("@")
-                assert line.split() == ["holding", "at", phase, "of", "cycle", cycle]
-                break
-        else:
-            pytest.fail(f"the job ended before {point}")
-        children = psutil.Process(process.pid).children(recursive=True)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(30)
-        psutil.wait_procs(children, timeout=30)
 
 
 @pytest.mark.timeout(900)
@@ -138,6 +70,8 @@ def test_two_arms_make_a_summary_and_a_report(small_store, tmp_path):
     events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
     assert [e.step for e in events.Scalars("val/miou")] == [0, 1]
+    assert [e.step for e in events.Images("examples")] == [0, 1]
+    assert (events.Images("examples")[1].width, events.Images("examples")[1].height) == (3 * 64, 4 * 64)
     refused = run(
         "train",
         "--data",

@@ -16,7 +16,7 @@ import torch
 
 import raysed
 from raysed.cluster import scoring
-from raysed.cluster.launch import _check_data
+from raysed.cluster.launch import check_data
 from raysed.cluster.scoring import BATCH, Network, Scorer, score_pool
 from raysed.cluster.stream import Stream
 from raysed.cluster.telemetry import GAUGES, Monitor
@@ -202,7 +202,7 @@ def test_a_class_absent_from_training_is_said_and_weighs_nothing(small_store):
     opened = Store.open(small_store)
     pixels = {"train": [0, 5, 0, 5, 5, 5, 5, 5, 0], "val": [0, 5, 5, 5, 5, 5, 5, 5, 0]}
     said = []
-    _check_data(Experiment(), replace(opened, dataset=replace(opened.dataset, pixels=pixels)), said.append)
+    check_data(Experiment(), replace(opened, dataset=replace(opened.dataset, pixels=pixels)), said.append)
     assert [line.split()[2] for line in said] == ["rangeland", "building"]
     assert "counts in validation" in said[0]
     assert "nor in validation" in said[1]

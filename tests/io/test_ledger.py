@@ -10,7 +10,7 @@ import pytest
 
 from raysed.config import ClusterConfig, Experiment, OptimConfig, SelectConfig
 from raysed.core import metrics
-from raysed.errors import DataError, RunHeldError, UsageError
+from raysed.errors import DataError, RunHeldError, StorageError, UsageError
 from raysed.io import ledger as module
 from raysed.io.ledger import (
     Lease,
@@ -246,3 +246,18 @@ def test_a_dead_process_of_this_machine_is_taken_over_at_once(tmp_path):
     with Lease(Storage(str(tmp_path))) as lease:
         assert lease.epoch == 2
     assert time.monotonic() - began < module.DEAD_AFTER / 2
+
+
+def test_a_storage_that_loses_the_conditional_put_is_refused(tmp_path, monkeypatch):
+    """A mock: the buckets at hand all honour it."""
+
+    def overwrite(self: Storage, path: str, data: bytes) -> bool:
+        self.write(path, data)
+        return True
+
+    monkeypatch.setattr(Storage, "create", overwrite)
+    with (
+        pytest.raises(StorageError, match="overwrites what a conditional put"),
+        Lease(Storage(str(tmp_path))),
+    ):
+        pass

@@ -1,0 +1,169 @@
+"""`--dry-run`: what would run where, how long it would take and what it would cost, without running it."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import ray
+
+from raysed.cluster.connect import connect
+from raysed.cluster.cycles import labelled
+from raysed.cluster.launch import arms_of, check_data, check_paths, check_resources, device_of, scorer_count
+from raysed.config import Experiment
+from raysed.core import networks
+from raysed.core.acquisition import STRATEGIES
+from raysed.core.cost import Speed, Work, training_bytes
+from raysed.errors import ResourcesError
+from raysed.io.ledger import Ledger, Manifest
+from raysed.io.storage import Storage
+from raysed.io.store import Store
+
+MEASURED = 3
+"""Optimiser steps and forward passes that are timed, after one that is not."""
+
+
+def dry_run(
+    experiment: Experiment, *, tiles_per_second: float | None, price: float | None, say: Callable[[str], None]
+) -> None:
+    """Say what an experiment would do; nothing is written.
+
+    Args:
+        experiment: with `run` and `data.uri` set.
+        tiles_per_second: training speed of the whole cluster; None takes the run's own past cycles, or measures.
+        price: of the whole cluster an hour, in any currency.
+        say: prints a line.
+
+    Raises:
+        RaysedError: what would also end the real run before it starts.
+    """
+    store = Store.open(str(experiment.data.uri))
+    check_data(experiment, store, say)
+    connect()
+    check_paths(experiment)
+    device = device_of(experiment)
+    arms = arms_of(experiment)
+    scoring = any(STRATEGIES[e.select.strategy].needs_scores for _, e in arms)
+    scorers = scorer_count(experiment, device) if scoring else 0
+    check_resources(experiment, device, scorers)
+    _say_where(experiment, store, device, scorers, say)
+    work, past = [], []
+    for name, arm in arms:
+        manifests = Ledger(Storage(str(arm.run))).manifests()
+        past += manifests[-5:]
+        work.append(_work(arm, store, len(manifests)))
+        _say_work(name, arm, store, work[-1], say)
+    speed = _speed(experiment, store, device, tiles_per_second, past)
+    seconds = sum(w.seconds(speed) for w in work)
+    cost = "" if price is None else f", {seconds / 3600 * price:.2f} at {price:g} an hour"
+    say(
+        f"time     {speed.train:.1f} tiles/s training, {speed.forward:.1f} forward ({speed.source}): {seconds / 3600:.2f} h"
+        f"{cost}; start and cold first cycle not counted"
+    )
+
+
+def _say_where(
+    experiment: Experiment, store: Store, device: str, scorers: int, say: Callable[[str], None]
+) -> None:
+    cluster, dataset = experiment.cluster, store.dataset
+    have = ray.cluster_resources()
+    nodes = sum(n["Alive"] for n in ray.nodes())
+    say(f"cluster  {nodes} nodes, {have.get('CPU', 0):g} CPU, {have.get('GPU', 0):g} GPU")
+    say(
+        f"workers  {cluster.workers} on {device}, {scorers} scorers, read tasks of {cluster.reader_cpus:g} CPU"
+    )
+    net = networks.build(experiment.model.arch, len(dataset.classes), experiment.seed)
+    parameters = sum(p.numel() for p in net.parameters())
+    width = 4 if experiment.optim.precision == "fp32" or device == "cpu" else 2
+    memory = training_bytes(net, dataset.tile_size, experiment.optim.micro_batch, width)
+    say(
+        f"network  {experiment.model.arch}, {parameters / 1e6:.1f} million parameters, about {memory / 2**30:.1f} GiB of device "
+        f"memory a worker at micro-batch {experiment.optim.micro_batch}"
+    )
+
+
+def _work(arm: Experiment, store: Store, committed: int) -> Work:
+    pool = len(labelled(store.split("train")))
+    return Work(
+        cycles=max(0, arm.cycles - committed),
+        train=arm.select.budget(pool),
+        score=pool if STRATEGIES[arm.select.strategy].needs_scores else 0,
+        validate=len(labelled(store.split("val"))),
+    )
+
+
+def _say_work(name: str, arm: Experiment, store: Store, work: Work, say: Callable[[str], None]) -> None:
+    lengths = [pc.sum(store.index[f"{kind}_length"]).as_py() or 0 for kind in ("image", "label")]
+    tile = sum(lengths) / max(1, store.index.num_rows)
+    done = f" ({arm.cycles - work.cycles} are committed)" if work.cycles < arm.cycles else ""
+    say(
+        f"{name:<8} {work.cycles} cycles{done}: each trains {work.train} tiles in {-(-work.train // arm.optim.batch)} steps, scores "
+        f"{work.score}, validates {work.validate}; reads {work.train * tile / 1e6:.1f} MB a cycle, "
+        f"{(work.score + work.validate) * tile / 1e6:.1f} MB once"
+    )
+
+
+def _speed(
+    experiment: Experiment, store: Store, device: str, stated: float | None, past: list[Manifest]
+) -> Speed:
+    if stated is None and past:
+        seconds = [m.record["seconds"] for m in past]
+        train = sum(m.record["tiles"] for m in past) / sum(s["train"] + s["stall"] for s in seconds)
+        forward = sum(m.record["val"]["tiles"] for m in past) / sum(s["evaluate"] for s in seconds)
+        return Speed(train, forward, f"its last {len(past)} cycles")
+    if stated is not None:
+        return Speed(stated, 3 * stated, "as stated, a forward pass a third of a training step")
+    cluster = experiment.cluster
+    task: Any = ray.remote(measure).options(
+        num_cpus=cluster.worker_cpus, num_gpus=cluster.worker_gpus if device == "cuda" else 0
+    )
+    small = replace(experiment, cluster=replace(cluster, workers=1))
+    try:
+        train, forward = ray.get(task.remote(small, len(store.dataset.classes), store.dataset.tile_size, device), timeout=cluster.wait_nodes)  # fmt: skip
+    except ray.exceptions.GetTimeoutError as error:
+        raise ResourcesError(
+            f"no worker measured its speed within {cluster.wait_nodes:.0f} s: give --tiles-per-second"
+        ) from error
+    text = f"{MEASURED} steps measured on one {device} worker"
+    return Speed(train * cluster.workers, forward * cluster.workers, f"{text}, times {cluster.workers}")
+
+
+def measure(experiment: Experiment, classes: int, side: int, device: str) -> tuple[float, float]:
+    """Tiles a second of training steps and of forward passes of one worker, on random tiles in memory."""
+    import torch
+
+    from raysed.cluster.cycles import node_cpus
+    from raysed.core.step import Learner, resolve_precision, to_device
+
+    torch.set_num_threads(experiment.cluster.threads or node_cpus())
+    place = torch.device(device)
+    learner = Learner(
+        networks.build(experiment.model.arch, classes, experiment.seed).to(place),
+        alpha=np.ones(classes, np.float32),
+        gamma=experiment.loss.gamma,
+        batch=experiment.optim.batch,
+        precision=resolve_precision(experiment.optim.precision, place),
+        ordered_sums=False,
+    )
+    rng, size = np.random.default_rng(0), experiment.optim.micro_batch
+    images = rng.integers(0, 256, (size, side, side, 3), np.uint8)
+    labels = rng.integers(1, classes + 1, (size, side, side), np.uint8)
+    micro = [(k, *to_device(images, labels, place)) for k in range(experiment.optim.micro_batches)]
+
+    def step() -> None:
+        learner.step(micro, lr=1e-6, key=("measure",), total=len(micro)).cpu()
+
+    def forward() -> None:
+        for _, x, _ in micro:
+            learner.predict(x)
+
+    speeds = []
+    for action in (step, forward):
+        action()
+        began = time.perf_counter()
+        for _ in range(MEASURED):
+            action()
+        speeds.append(MEASURED * experiment.optim.batch / (time.perf_counter() - began))
+    return speeds[0], speeds[1]

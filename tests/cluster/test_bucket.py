@@ -1,0 +1,95 @@
+"""Jobs whose data and run are in a bucket of a real SeaweedFS."""
+
+import json
+import shutil
+import time
+import zipfile
+
+import pytest
+from conftest import write_small_store
+from processes import FAST, ROOT, error_line, run
+
+from raysed.cluster.prepare import Settings, prepare, synthetic
+from raysed.io.ledger import Ledger, difference, verify
+from raysed.io.storage import Storage
+from raysed.io.store import Store
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.mark.timeout(300)
+def test_a_run_in_a_bucket_equals_the_run_on_disk(ray_session, object_server, bucket, tmp_path):
+    remote = run(
+        "prepare", "--source", "synthetic", "--scenes", "20", "--tile", "64", "--json", "--target", f"{bucket}/tiles",
+        **object_server.environment,
+    )  # fmt: skip
+    disk = prepare(None, synthetic(20), str(tmp_path / "tiles"), Settings(tile=64), say=lambda _: None)
+    assert json.loads(remote.stdout) == disk
+    flags = ["--cycles", "2", *FAST]
+    run("active", *flags, "--data", str(tmp_path / "tiles"), "--run", str(tmp_path / "run"))
+    done = run(
+        "active",
+        *flags,
+        RAYSED_DATA=f"{bucket}/tiles",
+        RAYSED_RUN=f"{bucket}/run",
+        **object_server.environment,
+    )
+    assert f"report   {bucket}/run/report.html" in done.stdout
+    there, here = Ledger(Storage(f"{bucket}/run")), Ledger(Storage(str(tmp_path / "run")))
+    assert difference(there, here) == []
+    assert verify(there, Store.open(f"{bucket}/tiles").split("train")) == []
+    left = there.storage.list()
+    assert {"summary.json", "cycles.jsonl", "report.html"} <= left.keys()
+    assert [p for p in left if p.startswith("tensorboard/")]
+    verified = run("report", f"{bucket}/run", "--verify", **object_server.environment)
+    assert "verified: 2 cycles" in verified.stdout
+
+
+@pytest.mark.timeout(300)
+def test_an_object_deleted_between_index_and_read_ends_with_code_4(object_server, bucket):
+    write_small_store(f"{bucket}/tiles")
+    Storage(bucket).remove("tiles/shards/part-00001.parquet")
+    flags = ["--data", f"{bucket}/tiles", "--run", f"{bucket}/run", "--cycles", "1", *FAST]
+    done = run("active", *flags, code=4, **object_server.environment)
+    assert "shard shards/part-00001.parquet is missing" in error_line(done)
+
+
+@pytest.mark.parametrize(
+    ("change", "argv", "code"),
+    [
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, [], 6),
+        ({"AWS_SECRET_ACCESS_KEY": "wrong-secret"}, [], 6),
+        ({}, ["--data", "s3://no-such-bucket/tiles"], 2),
+        ({}, ["--run", "s3://no-such-bucket/run"], 6),
+    ],
+)
+def test_a_bucket_that_cannot_be_used_is_one_line(object_server, bucket, change, argv, code):
+    write_small_store(f"{bucket}/tiles")
+    began = time.monotonic()
+    flags = ["--data", f"{bucket}/tiles", "--run", f"{bucket}/run", "--cycles", "1", *FAST, *argv]
+    done = run("train", *flags, code=code, **{**object_server.environment, **change})
+    assert "s3://" in error_line(done)
+    assert "wrong-secret" not in done.stderr
+    assert time.monotonic() - began < 90
+
+
+def test_what_ray_job_submit_would_upload_holds_no_data_and_no_keys(tmp_path):
+    from ray._private.runtime_env.packaging import create_package
+
+    project = tmp_path / "project"
+    for name in ("jobs/active.py", "raysed/a.py", "pyproject.toml", "constraints.txt"):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text("kept")
+    for name in (".git/config", ".venv/bin/python", "data/x.parquet", "runs/a/model.safetensors", "results/x.svg", "key.pem",
+                 ".env", ".aws/credentials", "id_rsa", "server.key", ".netrc"):  # fmt: skip
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text("secret or large")
+    for name in (".rayignore", ".gitignore"):
+        shutil.copy(ROOT / name, project / name)
+    package = tmp_path / "package.zip"
+    create_package(str(project), package, include_gitignore=True)
+    with zipfile.ZipFile(package) as zipped:
+        names = {n for n in zipped.namelist() if not n.endswith("/")}
+    kept = {n for n in names if (project / n).exists() and (project / n).read_text() == "kept"}
+    assert len(kept) == 4
+    assert not [n for n in names if (project / n).exists() and "secret" in (project / n).read_text()]

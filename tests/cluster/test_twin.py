@@ -1,0 +1,123 @@
+"""A real cluster of three nodes with token authentication, and jobs submitted to it as a user submits them."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import write_small_store
+from processes import FAST, ROOT, environment, error_line
+
+from raysed.cluster.local import LocalCluster, terminated
+from raysed.io.ledger import Ledger, verify
+from raysed.io.storage import Storage
+from raysed.io.store import Store
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+STOP_SECONDS = 60
+
+
+@pytest.fixture(scope="module")
+def cluster(object_server, tmp_path_factory):
+    """A head without CPUs and two nodes of one CPU each."""
+    with LocalCluster(tmp_path_factory.mktemp("cluster"), object_server.environment) as made:
+        made.add_node()
+        made.add_node()
+        yield made
+
+
+def job(cluster: LocalCluster, *argv: str, name: str | None = None) -> subprocess.Popen[str]:
+    return cluster.submit("python", *argv, working_dir=ROOT, name=name)
+
+
+def status(cluster: LocalCluster, name: str) -> dict:
+    return cluster.state(f"/api/jobs/{name}")
+
+
+def test_stopped_resubmitted_and_submitted_twice(cluster, bucket):
+    write_small_store(f"{bucket}/tiles")
+    flags = [
+        "jobs/active.py",
+        "--data",
+        f"{bucket}/tiles",
+        "--run",
+        f"{bucket}/run",
+        "--workers",
+        "2",
+        "--cycles",
+        "4",
+        *FAST,
+    ]
+    ledger = Ledger(Storage(f"{bucket}/run"))
+    first = job(cluster, *flags, name="first")
+    with terminated(first):
+        assert first.stdout
+        for line in first.stdout:
+            if " 1/4 " in line:
+                break
+        else:
+            pytest.fail("the job ended before its first cycle")
+        second = job(cluster, *flags, name="second")
+        out = second.communicate(timeout=90)[0]
+        assert f"run {bucket}/run is held by process" in out
+        assert "failed with exit code 3" in status(cluster, "second")["message"]
+        began = time.monotonic()
+        stopped = subprocess.run(
+            [str(Path(sys.executable).parent / "ray"), "job", "stop", "--address", cluster.dashboard, "first"],
+            env=cluster.environment, capture_output=True, text=True, timeout=STOP_SECONDS, check=True,
+        )  # fmt: skip
+        assert time.monotonic() - began < STOP_SECONDS, stopped.stdout
+    committed = len(ledger.manifests())
+    assert 1 <= committed < 4
+    leases = ledger.storage.list("leases")
+    assert b'"beat": -1' in ledger.storage.read(max(leases))  # released, not left to be taken over
+    again = job(cluster, *flags, name="again")
+    out = again.communicate(timeout=300)[0]
+    assert again.returncode == 0, out[-3000:]
+    assert f"continues after cycle {committed} of 4" in out
+    assert status(cluster, "again")["status"] == "SUCCEEDED"
+    manifests = ledger.manifests()
+    assert len(manifests) == 4
+    assert verify(ledger, Store.open(f"{bucket}/tiles").split("train")) == []
+    nodes = {n["node_id"] for n in cluster.state("/api/v0/nodes")["data"]["result"]["result"]}
+    for phase in ("train", "score"):
+        worked = {node for m in manifests for node in m.record["nodes"][phase]}
+        assert len(worked) == 2
+        assert worked <= nodes
+
+
+def test_a_local_path_on_a_cluster_is_refused_with_what_to_set(cluster, bucket, small_store):
+    refused = job(
+        cluster, "jobs/train.py", "--data", small_store, "--run", f"{bucket}/run", *FAST, name="local"
+    )
+    out = refused.communicate(timeout=120)[0]
+    assert f"--data {small_store} is a local path, but the cluster has 3 nodes" in out
+    assert "RAYSED_DATA" in out
+    assert "failed with exit code 2" in status(cluster, "local")["message"]
+
+
+@pytest.mark.parametrize("token", [None, "0" * 64])
+def test_without_the_right_token_nothing_is_submitted_or_reached(cluster, bucket, tmp_path, token):
+    write_small_store(f"{bucket}/tiles")
+    keyless = {**cluster.environment, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"), "HOME": str(tmp_path)}
+    if token:
+        (tmp_path / "token").write_text(token)
+    submit = [
+        str(Path(sys.executable).parent / "ray"),
+        "job",
+        "submit",
+        "--address",
+        cluster.dashboard,
+        "--",
+        "true",
+    ]
+    done = subprocess.run(submit, env=keyless, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode != 0
+    assert "token" in (done.stdout + done.stderr).lower()
+    flags = ["jobs/train.py", "--data", f"{bucket}/tiles", "--run", f"{bucket}/run", "--cycles", "1", *FAST]
+    done = subprocess.run(
+        [sys.executable, *flags], env={**environment(), **keyless}, capture_output=True, text=True, timeout=90, cwd=ROOT, check=False
+    )  # fmt: skip
+    assert done.returncode == 7, done.stderr[-2000:]
+    assert "no Ray cluster can be reached" in error_line(done)
