@@ -110,7 +110,9 @@ class AugmentConfig:
 @dataclass(frozen=True, kw_only=True)
 class SelectConfig:
     strategy: str = "uniform"
-    """How a cycle's tiles are chosen: uniform (passive) or entropy (the paper's active selection)."""
+    """How a cycle's tiles are chosen.  Without scores: uniform (passive), epoch-queue, class-random, region-random; by scores of
+    the pool: entropy (the paper's active selection), margin, power-entropy, clasp-pe, class-gap, k-center, defensive-entropy; by
+    what training leaves behind: infobatch, top-loss, reducible-loss, defensive, defensive-reducible."""
     fraction: float = 0.2
     """Share of the training tiles that a cycle trains on."""
     tiles: int | None = None

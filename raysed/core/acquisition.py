@@ -1,28 +1,34 @@
 """Acquisition: which tiles a cycle trains on.  Pure and replayable from the ledger.
 
-A strategy is a function of the scores, the index, its own state, a budget and a generator; ties are broken by tile_id, so
-neither the number of scorers nor the order of their answers matters.
+A strategy is a function of the scores, the index, a state, a budget and a generator; ties are broken by tile_id, so neither the
+number of scorers nor the order of their answers matters.  The state is what the strategy itself kept, plus the facts that the
+run adds: `progress` (0 in the first cycle, 1 in the last) and, where it is known, `class_iou` (IoU of each class on the training
+batches, None for a class they did not show).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raysed.core.active import (
+    clasp_pe,
+    class_gap,
+    infobatch,
+    k_center,
+    margin,
+    power_entropy,
+    reducible_loss,
+    top_loss,
+)
+from raysed.core.defensive import defensive
+from raysed.core.passive import Select, class_random, epoch_queue, region_random
+from raysed.core.pool import Selection
 
-@dataclass(frozen=True)
-class Selection:
-    """The tiles of one cycle, best first."""
-
-    tile_ids: list[str]
-    weights: list[float]
-    """Importance weights of the tiles' losses; all 1 where a strategy has none."""
-    reasons: list[str]
-    state: dict[str, Any] = field(default_factory=dict)
-    """What the strategy wants to see again in the next cycle; JSON."""
+FORWARD = frozenset({"entropy", "margin", "mass", "features"})
+"""Columns of the scores that cost a forward pass over the pool; the others are left behind by training."""
 
 
 def uniform(
@@ -51,11 +57,36 @@ def top_entropy(
 class Strategy:
     """A selection function and what it needs."""
 
-    select: Callable[[pa.Table, pa.Table, dict[str, Any], int, np.random.Generator], Selection]
-    needs_scores: bool
+    select: Select
+    needs: frozenset[str] = frozenset()
+    """Columns of the scores."""
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether scorers must pass over the pool before each selection."""
+        return bool(self.needs & FORWARD)
+
+    def missing(self, scores: pa.Table | None) -> list[str]:
+        """Columns that it needs and the scores lack."""
+        return sorted(self.needs - set(scores.column_names if scores is not None else ()))
 
 
 STRATEGIES = {
-    "uniform": Strategy(uniform, needs_scores=False),
-    "entropy": Strategy(top_entropy, needs_scores=True),
+    "uniform": Strategy(uniform),
+    "epoch-queue": Strategy(epoch_queue),
+    "class-random": Strategy(class_random()),
+    "region-random": Strategy(region_random),
+    "infobatch": Strategy(infobatch(), frozenset({"loss"})),
+    "entropy": Strategy(top_entropy, frozenset({"entropy"})),
+    "margin": Strategy(margin, frozenset({"margin"})),
+    "power-entropy": Strategy(power_entropy(), frozenset({"entropy"})),
+    "clasp-pe": Strategy(clasp_pe(), frozenset({"entropy", "mass"})),
+    "class-gap": Strategy(class_gap(), frozenset({"mass"})),
+    "top-loss": Strategy(top_loss, frozenset({"loss"})),
+    "reducible-loss": Strategy(reducible_loss, frozenset({"loss", "irreducible"})),
+    "k-center": Strategy(k_center, frozenset({"features"})),
+    "defensive": Strategy(defensive(), frozenset({"class_loss"})),
+    "defensive-entropy": Strategy(defensive("mass"), frozenset({"mass"})),
+    "defensive-reducible": Strategy(defensive(reducible=True), frozenset({"class_loss", "irreducible"})),
 }
+"""Name -> strategy; `select.strategy` takes these names."""

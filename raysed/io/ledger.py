@@ -288,13 +288,23 @@ def choose(
         index: the store's rows of split train.
         state: the strategy's state after the cycle before.
         excluded: quarantined tile ids.
+
+    Raises:
+        UsageError: the strategy needs scores that this run does not have.
     """
+    strategy = STRATEGIES[experiment.select.strategy]
+    if missing := strategy.missing(scores):
+        raise UsageError(
+            f"strategy {experiment.select.strategy} needs the scores {', '.join(missing)}, which this run does not record: "
+            "choose another --select"
+        )
     bad = pa.array(sorted(excluded), pa.string())
     usable = pc.and_(pc.is_valid(index["label_offset"]), pc.invert(pc.is_in(index["tile_id"], bad)))
     labelled = index.filter(usable)
     budget = experiment.select.budget(len(labelled))
-    select = STRATEGIES[experiment.select.strategy].select
-    return select(scores, labelled, state, budget, keyed_rng("select", experiment.seed, cycle))
+    facts = {"progress": cycle / max(experiment.cycles - 1, 1)}
+    rng = keyed_rng("select", experiment.seed, cycle)
+    return strategy.select(scores, labelled, {**state, **facts}, budget, rng)
 
 
 def verify(ledger: Ledger, index: pa.Table) -> list[str]:

@@ -1,0 +1,110 @@
+"""Our strategy: half of a cycle goes round the pool, the other half to what each class still gets wrong."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raysed.core import draws
+from raysed.core.active import TAIL, gap_weights
+from raysed.core.passive import Select
+from raysed.core.pool import Pool, Selection
+
+MIXTURE = 0.5
+"""Share of a cycle that goes to hard tiles."""
+WARM_UP = 0.05
+"""Progress until which scores are not trusted: 5 cycles of 100, one round of the pool at a fifth a cycle."""
+CAP = 0.95
+"""Quantile of a class's positive scores above which a tile counts as ambiguous, not harder."""
+
+
+def defensive(
+    column: str = "class_loss",
+    *,
+    reducible: bool = False,
+    mixture: float = MIXTURE,
+    warm_up: float = WARM_UP,
+    tail: float = TAIL,
+    cap: float = CAP,
+    gap_power: float = 0.0,
+    weight_power: float = 0.0,
+) -> Select:
+    """Defensive class-stratified mixture.
+
+    Idea: a floor under every tile's chance prevents starvation and forgetting; a limit on the score and draws instead of a
+    ranking prevent ambiguous tiles and near copies from filling the cycle; scores relative to their class give each class the
+    same say.
+    Formula, with k tiles a cycle, m = k - floor(lambda k), lambda = `mixture` between warm-up and tail, else 0:
+    m tiles come from the epoch queue.  The others are a systematic sample over the rest of the pool, sorted by region, source
+    and dominant class, with inclusion probabilities proportional to h_i = sum over c of w_c S_ic / (sum over j of S_jc).
+    S_ic is the column, less irreducible_i times the tile's share of c where `reducible`, at least 0, at most the `cap` quantile
+    of the class's positive values; the mean of the class where the tile has no score; w_c = (1 - IoU_c)^gap_power, mean 1.
+    Weights are ((k / N) / pi_i)^weight_power with mean 1, pi_i = m / N + (1 - m / N) p_i the chance of a tile that stands
+    anywhere in the queue, p_i its inclusion probability in a sample of k - m of the whole pool: before scaling at most
+    1 / (1 - lambda).
+    Source: own; defensive mixtures are Hesterberg's (Technometrics 1995), the sample is Madow's (1949).
+    Cost: none for class_loss, a forward pass over the pool for mass; O(N (C + log N)).
+    Protocol: re-selection with class_loss; mass needs no labels, but the dominant class.
+
+    Args:
+        column: class_loss or mass, (N, C): per-class sums whose total is the tile's mean loss or entropy.
+        reducible: subtract the column irreducible, a loss per pixel.
+        mixture: lambda, 0 <= lambda < 1.
+        warm_up: progress before which lambda is 0.
+        tail: progress from which lambda is 0.
+        cap: quantile, 1 is no limit.
+        gap_power: 0 gives all classes the same weight, right where the loss weighs classes already.
+        weight_power: 0 is no weights, 1 undoes the preference in expectation.
+    """
+
+    def select(
+        scores: pa.Table | None, index: pa.Table, state: dict[str, Any], budget: int, rng: np.random.Generator
+    ) -> Selection:
+        pool = Pool(scores, index)
+        hard = int(mixture * budget) if warm_up <= state["progress"] < tail else 0
+        queued, queue = draws.from_queue(pool.ids, state.get("queue"), budget - hard, rng)
+        reasons = [f"queue, epoch {queue['epoch']}"] * len(queued)
+        if not hard:
+            return pool.selection(queued, reasons, state={"queue": queue})
+        values = pool.scores(column).astype(float)
+        if reducible and values.shape[1]:
+            values = np.maximum(values - pool.score("irreducible")[:, None] * pool.class_shares, 0)
+        h = difficulty(values, gap_weights(state, values.shape[1], gap_power), cap)
+        rest = np.ones(len(pool), bool)
+        rest[queued] = False
+        order = np.lexsort((pool.class_shares.argmax(1), pool.codes("source"), pool.codes("region")))
+        order = order[rest[order]]
+        drawn = order[draws.systematic(draws.inclusion(h[order], hard), rng)]
+        drawn = drawn[np.lexsort((drawn, -h[drawn]))]
+        at = np.r_[queued, drawn]
+        weights = None
+        if weight_power:
+            floor = len(queued) / len(pool)
+            chance = floor + (1 - floor) * draws.inclusion(h, hard)[at]
+            weights = (budget / len(pool) / chance) ** weight_power
+            weights /= weights.mean()
+        reasons += [f"difficulty {x:.2f}" for x in (h[drawn] / h.mean()).tolist()]
+        return pool.selection(at, reasons, weights, {"queue": queue})
+
+    return select
+
+
+def difficulty(values: np.ndarray, class_weights: np.ndarray, cap: float) -> np.ndarray:
+    """How much of what the classes get wrong lies in each tile, every class counting by its weight.
+
+    Args:
+        values: (N, C) not negative; rows of nan are tiles without a score.
+        class_weights: (C,).
+        cap: quantile of the positive values of a class above which they are cut.
+
+    Returns:
+        (N,) float64; all alike if no tile has a score.
+    """
+    known = values[~np.isnan(values).any(1)]
+    if not known.any():
+        return np.ones(len(values))
+    limits = np.array([np.quantile(v[v > 0], cap) if (v > 0).any() else 0.0 for v in known.T])
+    prior = np.minimum(known, limits).mean(0)
+    filled = np.where(np.isnan(values).any(1, keepdims=True), prior, np.minimum(values, limits))
+    totals = filled.sum(0)
+    return (filled * (class_weights / np.where(totals > 0, totals, np.inf))).sum(1)

@@ -1,0 +1,94 @@
+"""The pool that a strategy selects from, as arrays.  Letters: N tiles, C classes."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The tiles of one cycle, best first."""
+
+    tile_ids: list[str]
+    weights: list[float]
+    """Importance weights of the tiles' losses; all 1 where a strategy has none."""
+    reasons: list[str]
+    state: dict[str, Any] = field(default_factory=dict)
+    """What the strategy wants to see again in the next cycle; JSON."""
+
+
+class Pool:
+    """Index and scores in order of tile_id: a stable sort then breaks ties by tile_id, and no draw depends on the order of rows.
+
+    Args:
+        scores: any rows of tiles; those that the index does not have are ignored.
+        index: the tiles that can be selected.
+    """
+
+    def __init__(self, scores: pa.Table | None, index: pa.Table) -> None:
+        self._scores, self._index = scores, index
+        self._order = pc.sort_indices(index["tile_id"])
+        self._ids = index["tile_id"].take(self._order)
+        self.ids: np.ndarray = self._ids.to_numpy()
+        """(N,) str."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def score(self, name: str) -> np.ndarray:
+        """(N,) float64 column of the scores; nan for a tile that has none."""
+        return self._scored(name).to_numpy().astype(float)
+
+    def scores(self, name: str) -> np.ndarray:
+        """(N, width) column of lists of the scores, in its own float type; nan for a tile that has none; width 0 if none has."""
+        return _matrix(self._scored(name))
+
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        """(N, C) float64 labelled pixels of each class; 0 in a tile without a label."""
+        return np.nan_to_num(_matrix(pc.cast(self._column("pixels"), pa.list_(pa.float64()))))[:, 1:]
+
+    @cached_property
+    def class_shares(self) -> np.ndarray:
+        """(N, C) float64 share of each class in a tile's known pixels; 0 in a tile without any."""
+        return self.pixels / np.maximum(self.pixels.sum(1, keepdims=True), 1)
+
+    def codes(self, name: str) -> np.ndarray:
+        """(N,) int group number of a string column of the index, such as the region."""
+        return self._column(name).combine_chunks().dictionary_encode().indices.to_numpy()
+
+    def selection(
+        self,
+        at: np.ndarray,
+        reasons: list[str],
+        weights: np.ndarray | None = None,
+        state: dict[str, Any] | None = None,
+    ) -> Selection:
+        """Selection of the tiles at these positions."""
+        own = [1.0] * len(at) if weights is None else weights.tolist()
+        return Selection(self.ids[at].tolist(), own, reasons, state or {})
+
+    def _column(self, name: str) -> pa.ChunkedArray:
+        return self._index[name].take(self._order)
+
+    def _scored(self, name: str) -> pa.ChunkedArray:
+        assert self._scores is not None
+        return self._scores[name].take(self._rows)
+
+    @cached_property
+    def _rows(self) -> pa.ChunkedArray:
+        assert self._scores is not None
+        return pc.index_in(self._ids, value_set=self._scores["tile_id"])
+
+
+def _matrix(lists: pa.ChunkedArray) -> np.ndarray:
+    array = lists.combine_chunks()
+    known = array.is_valid().to_numpy(zero_copy_only=False)
+    values = array.flatten().to_numpy(zero_copy_only=False)
+    matrix = np.full((len(array), len(values) // max(known.sum(), 1)), np.nan, values.dtype)
+    matrix[known] = values.reshape(known.sum(), -1)
+    return matrix
