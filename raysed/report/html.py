@@ -6,11 +6,12 @@ from html import escape
 from typing import Any
 
 from raysed.config import flatten
+from raysed.core import diagnostics
 from raysed.errors import RaysedError
 from raysed.io.ledger import Ledger, Manifest
 from raysed.io.storage import Storage
 from raysed.io.store import Store
-from raysed.report import figures, selection
+from raysed.report import figures
 from raysed.report.gallery import gallery
 from raysed.report.results import CURVES
 from raysed.report.style import STYLE
@@ -227,20 +228,22 @@ def _selection(committed: Committed, store: Store | None) -> str:
     colors = _colors(cycles)
     curve = figures.share_curves
     repeated = curve(
-        {a: selection.repeats(c) for a, c in cycles.items()}, "share repeated from the cycle before", first=2
+        {a: diagnostics.repeats(c) for a, c in cycles.items()},
+        "share repeated from the cycle before",
+        first=2,
     )
     if store is None:
         return _legend(colors) + _panels([repeated])
-    pool = selection.pool_of(store.split("train"))
+    pool = diagnostics.pool_of(store.split("train"))
     names = [c.name for c in store.dataset.classes]
-    covered = {a: selection.coverage(c, len(pool)) for a, c in cycles.items()}
+    covered = {a: diagnostics.coverage(c, len(pool)) for a, c in cycles.items()}
     chosen = {a: [t for ids in c for t in ids] for a, c in cycles.items()}
-    regions = dict(list(selection.region_shares(pool).items())[:REGIONS])
-    by_class = {a: selection.class_shares(pool, names, ids) for a, ids in chosen.items()}
-    by_region = {a: selection.region_shares(pool, ids) for a, ids in chosen.items()}
+    regions = dict(list(diagnostics.region_shares(pool).items())[:REGIONS])
+    by_class = {a: diagnostics.class_shares(pool, names, ids) for a, ids in chosen.items()}
+    by_region = {a: diagnostics.region_shares(pool, ids) for a, ids in chosen.items()}
     never = "; ".join(f"{a} never selected {1 - c[-1]:.1%} of {len(pool)} tiles" for a, c in covered.items())
     bars = [
-        figures.share_bars(selection.class_shares(pool, names), by_class, "share of pixels by class"),
+        figures.share_bars(diagnostics.class_shares(pool, names), by_class, "share of pixels by class"),
         figures.share_bars(regions, by_region, f"share of tiles by region (at most {REGIONS})"),
     ]
     return f"<p>{escape(never)}.</p>{_legend({**colors, 'pool': figures.POOL_COLOR})}" + _panels(

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from raysed.core.statistics import first_above, fluctuation, mean_of_last
 from raysed.io.ledger import Ledger, Manifest
 from raysed.io.storage import Storage
 
@@ -102,27 +103,24 @@ def _arm(manifests: list[Manifest]) -> dict[str, Any]:
     deviation of the differences of miou from cycle to cycle.
     """
     records = [m.record for m in manifests]
-    last = records[-LAST:]
     totals = [r["seconds"]["total"] for r in records]
     phases = sorted({k for r in records for k in r["seconds"]} - {"total"})
     seconds = {p: round(sum(r["seconds"].get(p, 0.0) for r in records), 2) for p in phases}
     trained = sum(r["tiles"] for r in records)
     scored = sum(r["scores"]["tiles"] for r in records if r["scores"])
     names = list(records[-1]["val"]["iou"])
-    miou = [r["val"]["miou"] for r in records]
     return {
         "strategy": records[-1]["strategy"],
         "cycles": len(records),
         "tiles_per_cycle": records[-1]["tiles"],
         "tiles_scored": scored,
-        "mean_of_last": len(last),
-        "metrics": {k: float(np.mean([r["val"][k] for r in last])) for k in SCALARS},
-        "iou": {n: _mean([r["val"]["iou"][n] for r in last]) for n in names},
+        "mean_of_last": min(len(records), LAST),
+        "metrics": {k: mean_of_last([r["val"][k] for r in records], LAST) for k in SCALARS},
+        "iou": {n: mean_of_last([r["val"]["iou"][n] for r in records], LAST) for n in names},
         "final": {k: records[-1]["val"][k] for k in (*SCALARS, "classes_present")},
-        "fluctuation": float(np.std(np.diff(miou))) if len(miou) > 1 else 0.0,
+        "fluctuation": fluctuation([r["val"]["miou"] for r in records], last=1.0),
         "first_correct_cycle": {
-            n: next((m.cycle for m in manifests if (m.record["val"]["iou"][n] or 0) > FIRST_CORRECT), None)
-            for n in names
+            n: first_above([r["val"]["iou"][n] for r in records], FIRST_CORRECT) for n in names
         },
         "train_loss": records[-1]["train"]["loss"],
         "quarantined": records[-1]["quarantined"],
@@ -135,11 +133,6 @@ def _arm(manifests: list[Manifest]) -> dict[str, Any]:
             "evaluate": sum(r["val"]["tiles"] for r in records) / max(seconds.get("evaluate", 0), 1e-9),
         },
     }
-
-
-def _mean(values: list[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return float(np.mean(known)) if known else None
 
 
 def _ratios(committed: dict[str, list[Manifest]]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Selection diagnostics, figures and the table, on numbers small enough to check by hand."""
+"""Figures and the table, on numbers small enough to check by hand."""
 
 import json
 import re
@@ -6,34 +6,12 @@ import shutil
 from xml.etree import ElementTree
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from raysed.io.ledger import Manifest
 from raysed.io.storage import Storage
-from raysed.report import figures, selection
+from raysed.report import figures
 from raysed.report.summary import summarise, table
-
-POOL = pa.table(
-    {
-        "tile_id": ["a", "b", "c"],
-        "region": ["west", "east", "east"],
-        "pixels": [[9, 4, 0], [0, 1, 3], [0, 0, 8]],
-    }
-)
-
-
-def test_coverage_and_repeats():
-    cycles = [["a", "b"], ["b", "c"], ["b", "c"]]
-    assert selection.coverage(cycles, 4) == [0.5, 0.75, 0.75]
-    assert selection.repeats(cycles) == [0.5, 1.0]
-
-
-def test_shares_count_a_tile_as_often_as_it_was_selected_and_leave_void_out():
-    assert selection.class_shares(POOL, ["x", "y"]) == {"x": 5 / 16, "y": 11 / 16}
-    assert selection.class_shares(POOL, ["x", "y"], ["a", "b", "b", "gone"]) == {"x": 0.5, "y": 0.5}
-    assert selection.region_shares(POOL, ["a", "b", "b", "a"]) == {"east": 0.5, "west": 0.5}
-    assert list(selection.region_shares(POOL)) == ["east", "west"]
 
 
 def manifests(values: list[float | None]) -> list[Manifest]:

@@ -1,0 +1,26 @@
+"""Selection diagnostics, on numbers small enough to check by hand."""
+
+import pyarrow as pa
+
+from raysed.core.diagnostics import class_shares, coverage, region_shares, repeats
+
+POOL = pa.table(
+    {
+        "tile_id": ["a", "b", "c"],
+        "region": ["west", "east", "east"],
+        "pixels": [[9, 4, 0], [0, 1, 3], [0, 0, 8]],
+    }
+)
+
+
+def test_coverage_and_repeats():
+    cycles = [["a", "b"], ["b", "c"], ["b", "c"]]
+    assert coverage(cycles, 4) == [0.5, 0.75, 0.75]
+    assert repeats(cycles) == [0.5, 1.0]
+
+
+def test_shares_count_a_tile_as_often_as_it_was_selected_and_leave_void_out():
+    assert class_shares(POOL, ["x", "y"]) == {"x": 5 / 16, "y": 11 / 16}
+    assert class_shares(POOL, ["x", "y"], ["a", "b", "b", "gone"]) == {"x": 0.5, "y": 0.5}
+    assert region_shares(POOL, ["a", "b", "b", "a"]) == {"east": 0.5, "west": 0.5}
+    assert list(region_shares(POOL)) == ["east", "west"]
