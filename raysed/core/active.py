@@ -83,7 +83,7 @@ def clasp_pe(first_beta: float = 1.0, last_beta: float = 100.0, stratified: floa
         beta = first_beta * (last_beta / first_beta) ** state["progress"]
         mass, entropy = pool.scores("mass").astype(float), pool.score("entropy")
         classes = rng.permutation(mass.shape[1]).tolist()
-        share, more = divmod(int(stratified * budget), max(len(classes), 1))
+        share, more = divmod(int(stratified * budget), len(classes))
         free = np.ones(len(pool), bool)
         chosen: list[np.ndarray] = []
         reasons: list[str] = []
@@ -211,7 +211,7 @@ def k_center(
     """
     pool = Pool(scores, index)
     features = pool.scores("features")
-    known = np.flatnonzero(~np.isnan(features).any(1) if features.shape[1] else np.zeros(len(pool), bool))
+    known = np.flatnonzero(~np.isnan(features).any(1))
     others = rng.permutation(np.setdiff1d(np.arange(len(pool)), known))
     steps = min(budget, len(known))
     chosen, radii = np.zeros(steps, int), np.zeros(steps)

@@ -67,7 +67,7 @@ def defensive(
         if not hard:
             return pool.selection(queued, reasons, state={"queue": queue})
         values = pool.scores(column).astype(float)
-        if reducible and values.shape[1]:
+        if reducible:
             values = np.maximum(values - pool.score("irreducible")[:, None] * pool.class_shares, 0)
         h = difficulty(values, gap_weights(state, values.shape[1], gap_power), cap)
         rest = np.ones(len(pool), bool)
@@ -83,7 +83,7 @@ def defensive(
             chance = floor + (1 - floor) * draws.inclusion(h, hard)[at]
             weights = (budget / len(pool) / chance) ** weight_power
             weights /= weights.mean()
-        reasons += [f"difficulty {x:.2f}" for x in (h[drawn] / h.mean()).tolist()]
+        reasons += [f"difficulty {x:.2f}" for x in (h[drawn] / max(h.mean(), 1e-300)).tolist()]
         return pool.selection(at, reasons, weights, {"queue": queue})
 
     return select
@@ -103,8 +103,13 @@ def difficulty(values: np.ndarray, class_weights: np.ndarray, cap: float) -> np.
     known = values[~np.isnan(values).any(1)]
     if not known.any():
         return np.ones(len(values))
-    limits = np.array([np.quantile(v[v > 0], cap) if (v > 0).any() else 0.0 for v in known.T])
+    limits = np.array([_quantile(v[v > 0], cap) for v in known.T])
     prior = np.minimum(known, limits).mean(0)
     filled = np.where(np.isnan(values).any(1, keepdims=True), prior, np.minimum(values, limits))
     totals = filled.sum(0)
     return (filled * (class_weights / np.where(totals > 0, totals, np.inf))).sum(1)
+
+
+def _quantile(values: np.ndarray, q: float) -> float:
+    """A value of the class itself: between two of them, one extreme tile among few would set its own limit."""
+    return float(np.quantile(values, q, method="lower")) if len(values) else 0.0

@@ -54,7 +54,7 @@ def inclusion(weights: np.ndarray, budget: int) -> np.ndarray:
 
     Args:
         weights: (N,) float, not negative.
-        budget: k, at most N.
+        budget: k, 1..N.
 
     Returns:
         (N,) float64 in [0, 1], sum k.

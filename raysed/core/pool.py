@@ -44,7 +44,7 @@ class Pool:
         return self._scored(name).to_numpy().astype(float)
 
     def scores(self, name: str) -> np.ndarray:
-        """(N, width) column of lists of the scores, in its own float type; nan for a tile that has none; width 0 if none has."""
+        """(N, width) column of lists of the scores, in its own float type; nan for a tile that has none; width 1 if none has."""
         return _matrix(self._scored(name))
 
     @cached_property
@@ -89,6 +89,7 @@ def _matrix(lists: pa.ChunkedArray) -> np.ndarray:
     array = lists.combine_chunks()
     known = array.is_valid().to_numpy(zero_copy_only=False)
     values = array.flatten().to_numpy(zero_copy_only=False)
-    matrix = np.full((len(array), len(values) // max(known.sum(), 1)), np.nan, values.dtype)
-    matrix[known] = values.reshape(known.sum(), -1)
+    width = max(len(values) // max(known.sum(), 1), 1)
+    matrix = np.full((len(array), width), np.nan, values.dtype)
+    matrix[known] = values.reshape(-1, width)
     return matrix

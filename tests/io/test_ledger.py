@@ -10,6 +10,7 @@ import pytest
 
 from raysed.config import ClusterConfig, Experiment, OptimConfig, SelectConfig
 from raysed.core import metrics
+from raysed.core.acquisition import STRATEGIES, Selection, Strategy
 from raysed.errors import DataError, RunHeldError, StorageError, UsageError
 from raysed.io import ledger as module
 from raysed.io.ledger import (
@@ -261,3 +262,26 @@ def test_a_storage_that_loses_the_conditional_put_is_refused(tmp_path, monkeypat
         Lease(Storage(str(tmp_path))),
     ):
         pass
+
+
+def test_a_selection_knows_the_progress_of_its_run_and_the_state_before(monkeypatch):
+    seen = []
+
+    def spy(scores, index, state, budget, rng):
+        seen.append(state)
+        return Selection(["t01"], [1.0], ["spy"])
+
+    monkeypatch.setitem(STRATEGIES, "spy", Strategy(spy))
+    for cycles, cycle in ((5, 0), (5, 1), (5, 4), (1, 0)):
+        exp = Experiment(cycles=cycles, select=SelectConfig(strategy="spy"))
+        choose(exp, cycle, scores=None, index=INDEX, state={"kept": 7}, excluded=set())
+    assert seen == [{"kept": 7, "progress": p} for p in (0.0, 0.25, 1.0, 0.0)]
+
+
+def test_a_strategy_whose_scores_are_not_there_is_refused():
+    exp = Experiment(cycles=4, select=SelectConfig(strategy="reducible-loss"))
+    scores = pa.table({"tile_id": IDS, "loss": np.ones(20)})
+    with pytest.raises(UsageError, match="reducible-loss needs the scores irreducible"):
+        choose(exp, 0, scores=scores, index=INDEX, state={}, excluded=set())
+    with pytest.raises(UsageError, match="irreducible, loss"):
+        choose(exp, 0, scores=None, index=INDEX, state={}, excluded=set())

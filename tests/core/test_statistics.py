@@ -1,0 +1,115 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raysed.core.metrics import evenness, scores
+from raysed.core.randomness import keyed_rng
+from raysed.core.statistics import aulc, first_above, fluctuation, mean_of_last, paired_bootstrap
+
+COSTS = st.lists(st.floats(0.1, 100), min_size=2, max_size=20).map(lambda gaps: np.cumsum(gaps).tolist())
+
+
+@given(COSTS, st.floats(-5, 5))
+@settings(max_examples=30, deadline=None)
+def test_the_area_under_a_constant_is_the_constant_whatever_it_costs(cost, value):
+    assert aulc(cost, [value] * len(cost)) == pytest.approx(value, abs=1e-9)
+
+
+@given(COSTS)
+@settings(max_examples=30, deadline=None)
+def test_the_area_under_a_ramp_is_its_middle_and_units_do_not_matter(cost):
+    middle = (cost[0] + cost[-1]) / 2
+    assert aulc(cost, cost) == pytest.approx(middle)
+    assert aulc([60 * c + 3 for c in cost], cost) == pytest.approx(middle)
+
+
+def test_area_of_an_uneven_axis_and_of_one_cycle():
+    assert aulc([0, 1, 10], [0, 1, 1]) == pytest.approx(9.5 / 10)
+    assert aulc([5], [0.3]) == 0.3
+    with pytest.raises(ValueError, match="increase"):
+        aulc([0, 2, 2], [1, 1, 1])
+
+
+def test_fluctuation_is_of_changes_in_the_last_half():
+    assert fluctuation([0.1 * t for t in range(20)]) == pytest.approx(0)
+    wild_then_calm = [5.0, -5.0] * 5 + [0.0] * 10
+    assert fluctuation(wild_then_calm, last=0.45) == 0
+    assert fluctuation(wild_then_calm, last=1.0) == pytest.approx(np.std(np.diff(wild_then_calm)))
+    assert fluctuation([0.0] * 10 + [0, 1] * 5) == pytest.approx(np.std([0, 1, -1, 1, -1, 1, -1, 1, -1, 1]))
+    assert fluctuation([1.0]) == 0
+
+
+def test_mean_of_last_and_first_above_leave_the_unknown_out():
+    assert mean_of_last([9, 9, 1, None, 3], 3) == 2
+    assert mean_of_last([4, 6]) == 5
+    assert mean_of_last([1, None], 1) is None
+    assert first_above([None, 0.0, 0.01, 0.02, 0.5], 0.01) == 3
+    assert first_above([0.0, None], 0.01) is None
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12).filter(lambda v: sum(v) > 1e-6))
+@settings(max_examples=40, deadline=None)
+def test_evenness_by_its_definition(values):
+    n, mean = len(values), sum(values) / len(values)
+    got = evenness(np.array([*values, np.nan]))
+    assert got["gini"] == pytest.approx(
+        sum(abs(a - b) for a in values for b in values) / (2 * n * n * mean), abs=1e-9
+    )
+    assert got["cv"] == pytest.approx(math.sqrt(sum((v - mean) ** 2 for v in values) / n) / mean, abs=1e-9)
+    assert got["worst"] == min(values)
+
+
+def test_evenness_does_not_reward_low_values():
+    iou = np.array([0.2, 0.5, 0.8])
+    half = evenness(iou / 2)
+    assert half["cv"] == pytest.approx(evenness(iou)["cv"])
+    assert half["gini"] == pytest.approx(evenness(iou)["gini"])
+
+
+def additive(seed_effects: list[int], source_effects: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Counts of two arms with one class in the truth and 100 pixels an image, so that IoU is the share of hits and its
+    difference the mean over seeds and images of (seed effect + image effect) / 100.
+    """
+    hits = 40 + np.add.outer(seed_effects, source_effects)
+    one, other = (np.zeros((*hits.shape, 2, 2), np.int64) for _ in range(2))
+    one[..., 0, 0], other[..., 0, 0] = hits, 40
+    for arm in (one, other):
+        arm[..., 0, 1] = 100 - arm[..., 0, 0]
+    return one, other
+
+
+def test_the_bootstrap_interval_is_the_analytic_one():
+    rng = np.random.default_rng(1)
+    seeds, sources = rng.integers(-8, 12, 20), rng.integers(-15, 16, 60)
+    got = paired_bootstrap(*additive(seeds.tolist(), sources.tolist()), keyed_rng("b"), draws=4000)
+    mean = (seeds.mean() + sources.mean()) / 100
+    half = 1.96 * math.sqrt(seeds.var() / 20 + sources.var() / 60) / 100
+    assert got.mean == pytest.approx(mean)
+    assert got.low == pytest.approx(mean - half, abs=0.12 * half)
+    assert got.high == pytest.approx(mean + half, abs=0.12 * half)
+
+
+def test_the_bootstrap_is_paired_seeded_and_of_the_mean_iou():
+    rng = np.random.default_rng(0)
+    one, other = rng.integers(0, 50, (2, 3, 7, 4, 4))
+    one[..., 3, :] = other[..., 3, :] = 0  # a class without truth
+    got = paired_bootstrap(one, other, keyed_rng("b"), draws=300)
+    names = list("abcd")
+    by_hand = [
+        scores(a.sum(0), names)["miou"] - scores(b.sum(0), names)["miou"]
+        for a, b in zip(one, other, strict=True)
+    ]
+    assert got.mean == pytest.approx(np.mean(by_hand))
+    assert got.low < got.mean < got.high
+    assert got == paired_bootstrap(one, other, keyed_rng("b"), draws=300)
+    back = paired_bootstrap(other, one, keyed_rng("b"), draws=300)
+    assert (back.low, back.high) == pytest.approx((-got.high, -got.low))
+    same = paired_bootstrap(one, one, keyed_rng("b"), draws=300)
+    assert (same.mean, same.low, same.high) == (0, 0, 0)
+    wide = paired_bootstrap(one, other, keyed_rng("b"), draws=300, confidence=0.99)
+    assert wide.low < got.low
+    with pytest.raises(ValueError, match="same seeds"):
+        paired_bootstrap(one, other[:2], keyed_rng("b"))

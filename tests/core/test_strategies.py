@@ -1,0 +1,379 @@
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from raysed.config import SelectConfig, fields_of
+from raysed.core.acquisition import STRATEGIES
+from raysed.core.active import clasp_pe, class_gap, infobatch, k_center, power_entropy, reducible_loss
+from raysed.core.defensive import defensive, difficulty
+from raysed.core.passive import class_random, class_weights, epoch_queue, rarest_class, region_random
+from raysed.core.pool import Pool
+from raysed.core.randomness import keyed_rng
+
+N, C = 60, 4
+VISITED = ("loss", "class_loss", "irreducible")
+HALF = {"progress": 0.5, "class_iou": [0.9, 0.2, None, 0.5]}
+
+
+def lists(rows) -> pa.Array:
+    return pa.array([None if r is None else list(r) for r in rows], pa.list_(pa.float32()))
+
+
+def world(seed: int = 0, unvisited: int = 10) -> tuple[pa.Table, pa.Table]:
+    """Scores and index of 60 tiles in 5 regions; values on a grid, so that there are ties; the last tiles never visited."""
+    rng = np.random.default_rng(seed)
+    ids = [f"t{i:02d}" for i in range(N)]
+    pixels = rng.multinomial(1000, [0.1, 0.02, 0.08, 0.3, 0.5], N) * (rng.random((N, 5)) < 0.7)
+    mass, class_loss = rng.integers(1, 6, (2, N, C)) / 8
+    never = np.arange(N) >= N - unvisited
+    index = pa.table(
+        {
+            "tile_id": ids,
+            "region": [f"r{i % 5}" for i in range(N)],
+            "source": [f"r{i % 5}_{i % 15}" for i in range(N)],
+            "pixels": pixels.tolist(),
+        }
+    )
+    scores = pa.table(
+        {
+            "tile_id": ids,
+            "entropy": pa.array(mass.sum(1), pa.float32()),
+            "margin": pa.array(rng.integers(1, 9, N) / 10, pa.float32()),
+            "mass": lists(mass),
+            "age": pa.array(np.zeros(N), pa.int32()),
+            "loss": pa.array(class_loss.sum(1), pa.float32(), mask=never),
+            "class_loss": lists(None if no else r for no, r in zip(never, class_loss, strict=True)),
+            "irreducible": pa.array(rng.random(N) / 4, pa.float32(), mask=never),
+            "features": lists(rng.random((N, 3))),
+        }
+    )
+    return scores, index
+
+
+def shuffled(table: pa.Table, seed: int) -> pa.Table:
+    return table.take(np.random.default_rng(seed).permutation(len(table)))
+
+
+def select(name, scores, index, budget, key="x", *, state=HALF):
+    return STRATEGIES[name].select(scores, index, state, budget, keyed_rng(key))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(("budget", "progress"), [(1, 0.0), (13, 0.5), (N, 1.0)])
+def test_a_selection_is_the_budget_in_tiles_of_the_index_each_once(name, budget, progress):
+    scores, index = world()
+    more = pa.concat_tables([scores, scores.slice(0, 1).set_column(0, "tile_id", pa.array(["gone"]))])
+    chosen = select(name, more, index, budget, state={**HALF, "progress": progress})
+    assert len(chosen.tile_ids) == len(set(chosen.tile_ids)) == budget
+    assert set(chosen.tile_ids) <= set(index["tile_id"].to_pylist())
+    assert len(chosen.weights) == len(chosen.reasons) == budget
+    assert all(math.isfinite(w) and w > 0 for w in chosen.weights)
+    assert all(chosen.reasons)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_selection_replays_whatever_the_order_of_rows(name):
+    scores, index = world()
+    state = before = HALF
+    for cycle in range(4):
+        one = select(name, scores, index, 13, cycle, state=state)
+        again = select(name, shuffled(scores, cycle), shuffled(index, 9 - cycle), 13, cycle, state=before)
+        assert one == again
+        assert not one.state.keys() & HALF.keys()
+        state, before = {**one.state, **HALF}, {**json.loads(json.dumps(again.state)), **HALF}
+
+
+@pytest.mark.parametrize("name", sorted(STRATEGIES.keys() - {"entropy"}))
+def test_tiles_without_a_score_can_be_selected_and_do_not_stop_a_selection(name):
+    scores, index = world(unvisited=N)
+    few = scores.slice(0, 5)
+    for known in (scores, few, few.slice(0, 0)):
+        assert len(set(select(name, known, index, 20).tile_ids)) == 20
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_strategy_reads_no_column_that_it_does_not_name(name):
+    scores, index = world()
+    strategy = STRATEGIES[name]
+    own = scores.select(["tile_id", *sorted(strategy.needs)]) if strategy.needs else None
+    assert strategy.select(own, index, HALF, 13, keyed_rng("x")) == select(name, scores, index, 13)
+    assert strategy.missing(own) == []
+    assert strategy.missing(scores.select(["tile_id"])) == sorted(strategy.needs)
+    assert strategy.needs_scores == bool(strategy.needs - set(VISITED))
+
+
+@pytest.mark.parametrize("name", ["margin", "top-loss", "class-gap", "reducible-loss"])
+def test_ties_go_to_the_lower_id(name):
+    scores, index = world(unvisited=0)
+    for column in ("margin", "loss", "irreducible"):
+        scores = scores.set_column(
+            scores.column_names.index(column), column, pa.array([0.5] * N, pa.float32())
+        )
+    scores = scores.set_column(scores.column_names.index("mass"), "mass", lists([[0.25] * C] * N))
+    assert select(name, shuffled(scores, 3), shuffled(index, 4), 5).tile_ids == [f"t0{i}" for i in range(5)]
+
+
+def test_the_configuration_names_every_strategy():
+    doc = next(f.doc for f in fields_of(SelectConfig) if f.name == "strategy")
+    words = doc.replace(",", " ").replace(";", " ").replace(".", " ").split()
+    assert set(STRATEGIES) <= set(words)
+
+
+def rows(scores, column):
+    return dict(zip(scores["tile_id"].to_pylist(), scores[column].to_pylist(), strict=True))
+
+
+def test_margin_and_losses_rank_as_they_say():
+    scores, index = world()
+    low = rows(scores, "margin")
+    assert select("margin", scores, index, N).tile_ids == sorted(low, key=lambda t: (low[t], t))
+    loss, floor = rows(scores, "loss"), rows(scores, "irreducible")
+    never = {t for t, v in loss.items() if v is None}
+    seen = set(loss) - never
+    top = select("top-loss", scores, index, N).tile_ids
+    assert set(top[:10]) == never
+    assert top[10:] == sorted(seen, key=lambda t: (-loss[t], t))
+    learnable = reducible_loss(scores, index, HALF, N, keyed_rng("x")).tile_ids
+    assert set(learnable[:10]) == never
+    assert learnable[10:] == sorted(seen, key=lambda t: (floor[t] - loss[t], t))
+
+
+def test_class_gap_weighs_entropy_by_the_gap_to_a_perfect_class():
+    scores, index = world()
+    gaps = [0.1**2, 0.8**2, 1.0, 0.5**2]  # a class without an IoU has the whole gap
+    value = {t: sum(g * m for g, m in zip(gaps, row, strict=True)) for t, row in rows(scores, "mass").items()}
+    best = class_gap()(scores, index, HALF, 20, keyed_rng("x")).tile_ids
+    assert [value[t] for t in best] == pytest.approx(sorted(value.values(), reverse=True)[:20])
+    plain = class_gap()(scores, index, {"progress": 0.0}, 20, keyed_rng("x"))
+    assert plain.tile_ids == select("entropy", scores, index, 20).tile_ids
+
+
+def test_power_entropy_ends_as_the_top_and_begins_as_a_draw():
+    scores, index = world()
+    sharp = power_entropy(1e9)(scores, index, HALF, 20, keyed_rng("x")).tile_ids
+    entropy = rows(scores, "entropy")
+    assert [entropy[t] for t in sharp] == sorted(entropy.values(), reverse=True)[:20]
+    assert set(select("power-entropy", scores, index, 20).tile_ids) != set(sharp)
+
+
+def test_clasp_divides_two_thirds_evenly_over_classes():
+    scores, index = world()
+    jitter = np.random.default_rng(5).random((N, C)) / 100  # no ties: beta is large, not infinite
+    mass = np.array(scores["mass"].to_pylist()) + jitter
+    scores = scores.set_column(3, "mass", lists(mass)).set_column(
+        1, "entropy", pa.array(mass.sum(1), pa.float32())
+    )
+    mass = np.array(scores["mass"].to_pylist())
+    entropy = scores["entropy"].to_pylist()
+    order = keyed_rng("x").permutation(C).tolist()
+    wanted: list[int] = []
+    for turn, c in enumerate(order):  # int(.66 * 29) = 19 = 4 * 4 + 3
+        free = [i for i in range(N) if i not in wanted]
+        wanted += sorted(free, key=lambda i: -mass[i, c])[: 5 if turn < 3 else 4]
+    free = [i for i in range(N) if i not in wanted]
+    wanted += sorted(free, key=lambda i: -entropy[i])[: 29 - 19]
+    sharp = clasp_pe(first_beta=1e9, last_beta=1e9)(scores, index, HALF, 29, keyed_rng("x"))
+    assert sharp.tile_ids == [f"t{i:02d}" for i in wanted]
+
+
+def test_clasp_sharpens_over_the_run():
+    scores, index = world()
+    entropy, early, late = rows(scores, "entropy"), 0.0, 0.0
+    for key in range(20):
+        early += sum(
+            entropy[t] for t in select("clasp-pe", scores, index, 10, key, state={"progress": 0}).tile_ids
+        )
+        late += sum(
+            entropy[t] for t in select("clasp-pe", scores, index, 10, key, state={"progress": 1}).tile_ids
+        )
+    assert late > 1.1 * early
+
+
+def test_class_weights_are_those_of_rare_class_sampling():
+    _, index = world()
+    pixels = np.array(index["pixels"].to_pylist())[:, 1:]
+    temperature, share = 0.2, 0.03
+    frequency = pixels.sum(0) / pixels.sum()
+    chance = np.exp((1 - frequency) / temperature)
+    chance /= chance.sum()
+    held = [[c for c in range(C) if p.sum() and p[c] / p.sum() >= share] for p in pixels]
+    tiles = [sum(c in h for h in held) for c in range(C)]
+    wanted = [sum(chance[c] / tiles[c] for c in h) for h in held]
+    pool = Pool(None, index)
+    assert class_weights(pool, temperature, share) == pytest.approx(wanted)
+    assert sum(wanted) == pytest.approx(1)
+    rarest = [min(h, key=lambda c: frequency[c]) if h else -1 for h in held]
+    assert rarest_class(pool, share).tolist() == rarest
+
+
+def test_class_random_prefers_the_rare_and_fills_up_with_the_rest():
+    _, index = world()
+    pool = Pool(None, index)
+    has_rare = dict(zip(pool.ids, pool.class_shares[:, 0] >= 3000 / 512**2, strict=True))
+    chosen = class_random()(None, index, {}, 10, keyed_rng("x")).tile_ids
+    assert all(has_rare[t] for t in chosen)
+    void = index.set_column(3, "pixels", pa.array([[5, 0, 0, 0, 0]] * 30 + [[0, 5, 0, 0, 0]] * 30))
+    filled = class_random()(None, void, {}, 40, keyed_rng("x")).tile_ids
+    assert sorted(filled[:30]) == [f"t{i}" for i in range(30, 60)]
+    assert filled[30:] != sorted(filled[30:])
+
+
+def test_every_region_gets_its_share_to_within_a_tile():
+    _, index = world()
+    uneven = index.set_column(1, "region", pa.array(["a"] * 7 + ["b"] * 23 + ["c"] * 30))
+    for key in range(30):
+        chosen = region_random(None, shuffled(uneven, key), {}, 13, keyed_rng(key)).tile_ids
+        counts = np.bincount(np.digitize([int(t[1:]) for t in chosen], [7, 30]), minlength=3)
+        assert (np.abs(counts - 13 * np.array([7, 23, 30]) / N) < 1).all()
+
+
+def test_region_random_is_uniform():
+    _, index = world()
+    counts = np.zeros(N)
+    for key in range(300):
+        for t in region_random(None, index, {}, 13, keyed_rng("r", key)).tile_ids:
+            counts[int(t[1:])] += 1
+    p = 13 / N
+    assert np.abs(counts - 300 * p).max() < 4.5 * math.sqrt(300 * p * (1 - p))
+
+
+def test_infobatch_halves_the_easy_and_its_weights_undo_it():
+    scores, index = world()
+    loss = np.array([v if v is not None else np.nan for v in scores["loss"].to_pylist()])
+    easy = loss < np.nanmean(loss)
+    value = (
+        np.random.default_rng(7).random(N) + easy
+    )  # some quantity that differs between easy and hard tiles
+    estimates, picks = [], np.zeros(N)
+    for key in range(300):
+        chosen = infobatch()(scores, index, HALF, 20, keyed_rng(key))
+        at = [int(t[1:]) for t in chosen.tile_ids]
+        picks[at] += 1
+        estimates.append(value[at] @ chosen.weights)
+        assert {round(w / min(chosen.weights), 6) for w in chosen.weights} <= {1.0, 2.0}
+        assert [w > 1.1 * min(chosen.weights) for w in chosen.weights] == easy[at].tolist()
+    assert picks[~easy].mean() == pytest.approx(2 * picks[easy].mean(), rel=0.05)
+    assert np.mean(estimates) == pytest.approx(
+        20 * value.mean(), abs=4.5 * np.std(estimates) / math.sqrt(300)
+    )
+    tail = infobatch()(scores, index, {"progress": 0.9}, 20, keyed_rng("x"))
+    assert tail.weights == pytest.approx([1.0] * 20)
+    assert set(tail.reasons) == {"hard"}
+
+
+def test_k_center_takes_the_farthest_each_time():
+    scores, index = world()
+    points = np.array(scores["features"].to_pylist())
+    chosen = [int(t[1:]) for t in k_center(scores, index, {}, 12, keyed_rng("x")).tile_ids]
+    for step in range(1, 12):
+        radii = [min(np.linalg.norm(points[i] - points[j]) for j in chosen[:step]) for i in range(N)]
+        assert radii[chosen[step]] == pytest.approx(max(radii), rel=1e-4)
+
+
+def test_difficulty_by_hand():
+    values = np.array([[4.0, 0.0], [3.0, 0.0], [2.0, 1.0], [np.nan, np.nan]])
+    capped = [
+        [3, 0],
+        [3, 0],
+        [2, 1],
+        [8 / 3, 1 / 3],
+    ]  # three quarters of (2, 3, 4) are at most 3; the last has the mean
+    totals = [32 / 3, 4 / 3]
+    wanted = [1.5 * a / totals[0] + 0.5 * b / totals[1] for a, b in capped]
+    assert difficulty(values, np.array([1.5, 0.5]), cap=0.75) == pytest.approx(wanted)
+    assert difficulty(np.full((3, 2), np.nan), np.ones(2), 0.9).tolist() == [1, 1, 1]
+
+
+def test_every_class_has_the_same_say_and_one_bad_tile_has_a_limit():
+    rng = np.random.default_rng(0)
+    values = rng.random((200, 3)) * [1, 100, 1]
+    values[20:, 2] = 0  # a class in 20 tiles of 200
+    values[7] *= 1e6
+    h = difficulty(values, np.ones(3), cap=0.95)
+    assert h.sum() == pytest.approx(3)
+    assert h[:20].sum() > 1
+    assert h[7] <= 3 * np.median(h[:20])
+
+
+@pytest.mark.parametrize(
+    ("progress", "hard"), [(0.0, 0), (0.049, 0), (0.05, 10), (0.8, 10), (0.875, 0), (1.0, 0)]
+)
+def test_defensive_is_half_queue_half_hard_between_warm_up_and_tail(progress, hard):
+    scores, index = world()
+    chosen = defensive()(scores, index, {"progress": progress}, 21, keyed_rng("x"))
+    queue = epoch_queue(None, index, {}, 21 - hard, keyed_rng("x"))
+    assert chosen.tile_ids[: 21 - hard] == queue.tile_ids
+    assert chosen.state == queue.state
+    assert [r.startswith("difficulty") for r in chosen.reasons] == [False] * (21 - hard) + [True] * hard
+    assert chosen.weights == [1.0] * 21
+
+
+def test_defensive_visits_every_tile_whatever_the_scores():
+    scores, index = world()
+    state, seen = {}, set()
+    for cycle in range(math.ceil(N / 7)):
+        chosen = select("defensive", scores, index, 13, cycle, state={**state, **HALF})
+        state = chosen.state
+        seen |= set(chosen.tile_ids[:7])
+    assert len(seen) == N
+
+
+def test_defensive_draws_by_difficulty():
+    scores, index = world(unvisited=0)
+    values = np.array(scores["class_loss"].to_pylist())
+    picks = np.zeros(N)
+    for key in range(150):
+        chosen = defensive()(scores, index, HALF, 12, keyed_rng(key))
+        picks[[int(t[1:]) for t in chosen.tile_ids[6:]]] += 1
+    h = difficulty(values, np.ones(C), 0.95)
+    assert np.corrcoef(picks, h)[0, 1] > 0.8
+    assert picks[np.argsort(h)[-15:]].sum() > 1.5 * picks[np.argsort(h)[:15]].sum()
+
+
+def test_defensive_weights_undo_the_preference_and_are_bounded():
+    scores, index = world(unvisited=0)
+    chosen = defensive(weight_power=1.0)(scores, index, HALF, 12, keyed_rng("x"))
+    h = difficulty(np.array(scores["class_loss"].to_pylist()), np.ones(C), 0.95)
+    chance = {f"t{i:02d}": 6 / N + (1 - 6 / N) * 6 * h[i] / h.sum() for i in range(N)}
+    raw = [12 / N / chance[t] for t in chosen.tile_ids]
+    assert max(raw) <= 2
+    assert chosen.weights == pytest.approx([w / (sum(raw) / 12) for w in raw])
+
+
+def test_defensive_reducible_forgives_what_cannot_be_learned():
+    scores, index = world(unvisited=0)
+    pool = Pool(scores, index)
+    share = pool.class_shares
+    labelled = [i for i in range(N) if share[i].sum()]
+    loss = np.full(N, 1.0)
+    floor = np.where(np.arange(N) % 2, 0.0, 0.9)  # every other tile keeps nine tenths of its loss
+    scores = scores.set_column(
+        scores.column_names.index("class_loss"), "class_loss", lists(loss[:, None] * share)
+    )
+    scores = scores.set_column(
+        scores.column_names.index("irreducible"), "irreducible", pa.array(floor, pa.float32())
+    )
+    picks = np.zeros(N)
+    for key in range(60):
+        chosen = select("defensive-reducible", scores, index, 12, key)
+        picks[[int(t[1:]) for t in chosen.tile_ids[6:]]] += 1
+    even = [i for i in labelled if i % 2 == 0]
+    odd = [i for i in labelled if i % 2]
+    assert picks[odd].mean() > 4 * picks[even].mean()
+
+
+def test_a_strategy_of_ones_own_is_one_function():
+    shortest = replace(
+        STRATEGIES["margin"],
+        select=lambda s, i, state, k, rng: Pool(s, i).selection(np.arange(k), ["id"] * k),
+    )
+    scores, index = world()
+    assert shortest.select(scores, shuffled(index, 1), {}, 3, keyed_rng("x")).tile_ids == [
+        "t00",
+        "t01",
+        "t02",
+    ]
