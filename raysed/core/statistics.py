@@ -8,7 +8,7 @@ import numpy as np
 from raysed.core.metrics import class_iou
 
 _CHUNK = 500
-"""Bootstrap draws at a time: bounds the memory to about 50 MB for 10 seeds and 8 classes."""
+"""Bootstrap draws at a time: bounds the memory, to about 30 MB for 10 seeds and 8 classes."""
 
 
 def aulc(cost: Sequence[float], values: Sequence[float]) -> float:

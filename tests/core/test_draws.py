@@ -136,6 +136,11 @@ def test_a_tile_that_leaves_moves_no_other_and_epochs_differ():
     assert again.tolist() != whole.tolist()
 
 
+def test_the_order_of_an_epoch_is_the_same_on_every_machine_and_in_every_version():
+    queue = {"epoch": 0, "key": "0123456789abcdef", "last": None}
+    assert from_queue(ids(8), queue, 8, keyed_rng("unused"))[0].tolist() == [6, 5, 1, 0, 2, 4, 7, 3]
+
+
 def test_the_queue_stays_small_and_every_order_is_as_likely():
     _, queue = from_queue(ids(5000), None, 1000, keyed_rng("a"))
     assert len(json.dumps(queue)) < 100
