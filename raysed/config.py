@@ -117,9 +117,16 @@ class SelectConfig:
     """Share of the training tiles that a cycle trains on."""
     tiles: int | None = None
     """Tiles a cycle trains on; none means by fraction."""
+    scores: Literal["fresh", "overlapped", "byproduct"] = "fresh"
+    """Where a strategy's scores come from: fresh passes over the whole pool before each cycle; overlapped does so while the
+    cycle before trains, with weights one cycle old; byproduct takes what training visits tell and refreshes the oldest."""
+    refresh: float = 0.1
+    """Share of the pool, the oldest scores first, that scorers renew before each cycle when scores are byproduct; at half the
+    tile's side where the network takes it."""
 
     def __post_init__(self) -> None:
         _require(0 < self.fraction <= 1, f"select.fraction must lie in (0, 1], got {self.fraction}")
+        _require(0 <= self.refresh <= 1, f"select.refresh must lie in 0..1, got {self.refresh}")
         _require(self.tiles is None or self.tiles >= 1, f"select.tiles must be at least 1, got {self.tiles}")
 
     def budget(self, pool: int) -> int:

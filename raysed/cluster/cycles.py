@@ -27,14 +27,16 @@ from ray.actor import ActorHandle
 from ray.train.collective import broadcast_from_rank_zero
 
 from raysed.cluster.connect import quiet_data
-from raysed.cluster.scoring import Scores, score_pool, share_threads
+from raysed.cluster.scorekeeping import Scored, Scorekeeper
+from raysed.cluster.scoring import share_threads
 from raysed.cluster.stream import Row, Stream
 from raysed.config import Experiment
 from raysed.core import metrics, networks
 from raysed.core.acquisition import STRATEGIES
 from raysed.core.losses import class_weights
 from raysed.core.plan import Plan, plan
-from raysed.core.step import Learner, Totals, learning_rate, resolve_precision, to_device
+from raysed.core.pool import Selection
+from raysed.core.step import Learner, MicroBatch, Totals, learning_rate, resolve_precision, to_device
 from raysed.core.tiles import palette, target_of
 from raysed.errors import DataError, DivergedError, RaysedError
 from raysed.io import checkpoint
@@ -117,7 +119,7 @@ class Worker:
     """One rank of one arm."""
 
     def __init__(self, setup: Setup, arm: Arm, scorer_threads: list[int]) -> None:
-        self.setup, self.arm, self.exp, self.scorer_threads = setup, arm, arm.experiment, scorer_threads
+        self.setup, self.arm, self.exp = setup, arm, arm.experiment
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device() if setup.device == "cuda" else torch.device("cpu")
@@ -131,6 +133,17 @@ class Worker:
         self.names = [c.name for c in dataset.classes]
         self.precision = resolve_precision(self.exp.optim.precision, self.device)
         self.learner = self._learner()
+        self.keeper: Scorekeeper | None = None
+        self.collects = False
+        if STRATEGIES[self.exp.select.strategy].needs:
+            self.keeper = Scorekeeper(
+                setup.scorers,
+                scorer_threads,
+                self.store,
+                self.exp.select,
+                multiple=int(self.learner.net.multiple),  # type: ignore[arg-type]
+            )
+            self.collects = self.keeper.collects
         self.quarantine: dict[str, BadTile] = {}
         self.state: dict[str, Any] = {}
         self.validation = sorted(labelled(self.store.split("val")))
@@ -195,6 +208,9 @@ class Worker:
             load(checkpoint.unpack(self.ledger.read(last, name), name))
         state = json.loads(self.ledger.read(last, "state.json"))
         self.state = state["strategy"]
+        if self.keeper and self.rank == 0:
+            visits = self.ledger.table(last, "visits.parquet") if "visits.parquet" in last.files else None
+            self.keeper.restore(self.ledger.table(last, "scores.parquet"), visits)
         self.quarantine = {b["tile_id"]: BadTile(**b) for b in state["quarantine"]}
         if self.rank == 0 and last.cycle + 1 < self.exp.cycles:
             self._say(f"continues after cycle {last.cycle + 1} of {self.exp.cycles}")
@@ -203,15 +219,17 @@ class Worker:
     def _cycle(self, cycle: int, steps: int) -> None:
         clock, started = Clock(), datetime.now(UTC).isoformat(timespec="seconds")
         self._at("score", cycle)
-        scores = self._score(clock) if STRATEGIES[self.exp.select.strategy].needs_scores else None
+        scores = self._score(cycle, clock) if self.keeper else None
         excluded = sorted(self.quarantine)
         with clock.phase("select"):
             selection = self._first(lambda: self._select(cycle, scores, excluded))
         self._at("select", cycle)
+        if self.keeper and self.rank == 0:
+            self.keeper.begin_ahead(self._selectable(), self._weights)
         order = plan(
             selection.tile_ids, self.exp.seed, cycle, self.exp.optim.batch, self.exp.optim.micro_batch
         )
-        train, nodes = self._train(cycle, order, steps, clock)
+        train, nodes = self._train(cycle, order, steps, clock, selection)
         self._at("evaluate", cycle)
         with clock.phase("evaluate"):
             val = self._evaluate(nodes)
@@ -225,6 +243,8 @@ class Worker:
             }
             if scores:
                 files["scores.parquet"] = table_bytes(scores.table)
+            if self.keeper and self.collects:
+                files["visits.parquet"] = table_bytes(self.keeper.visits_table())
             if cycle % EXAMPLES_EVERY == 0 or cycle == self.exp.cycles - 1:
                 files["examples.png"] = self._pictured()
             record = {
@@ -232,14 +252,14 @@ class Worker:
                 "seed": self.exp.seed,
                 "config_hash": config_hash(self.exp),
                 "dataset_hash": self.store.dataset.content_hash,
-                "scoring_weights": self.weights_hash if scores else None,
+                "scoring_weights": scores.weights if scores else None,
                 "tiles": len(order.order),
                 "steps": order.steps,
                 "quarantined": len(self.quarantine),
                 "train": train,
                 "val": val,
                 "scores": scores
-                and {"tiles": len(scores.table), "entropy_mean": float(np.mean(scores.table["entropy"]))},
+                and {"tiles": scores.tiles, "entropy_mean": pc.mean(scores.table["entropy"]).as_py()},
                 "nodes": {**nodes, "score": scores.nodes if scores else {}},
                 "workers": self.workers,
                 "threads": self.threads,
@@ -252,20 +272,33 @@ class Worker:
         self.state = selection.state
         ray.train.report({"cycle": cycle, "loss": train["loss"], "miou": val["miou"]})
 
-    def _score(self, clock: Clock) -> Scores | None:
-        """Scores of the pool with the current weights, on rank 0; the other ranks wait for the selection."""
-        if self.rank:
+    def _score(self, cycle: int, clock: Clock) -> Scored | None:
+        """Scores of the pool, on rank 0; the other ranks wait for the selection."""
+        if self.rank or self.keeper is None:
             return None
         with clock.phase("score"):
-            weights = {n: t.numpy() for n, t in self.learner.weights().items()}
-            ids = [t for t in self.candidates if t not in self.quarantine]
-            scores = score_pool(
-                self.setup.scorers, self.scorer_threads, weights, self.weights_hash, self.store.locations(ids)
+            scores = self.keeper.scores(
+                self._selectable(), self._weights, lambda: self._weights_before(cycle)
             )
         self._quarantine(scores.bad)
         return scores
 
-    def _select(self, cycle: int, scores: Scores | None, excluded: list[str]) -> Any:
+    def _selectable(self) -> list[str]:
+        return sorted(t for t in self.candidates if t not in self.quarantine)
+
+    def _weights(self) -> tuple[dict[str, np.ndarray], str]:
+        return {n: t.numpy() for n, t in self.learner.weights().items()}, self.weights_hash
+
+    def _weights_before(self, cycle: int) -> tuple[dict[str, np.ndarray], str]:
+        """The weights that the cycle before started from: those of the cycle before that, or the initial ones."""
+        if cycle < 2:
+            weights = self._learner().weights()
+            return {n: t.numpy() for n, t in weights.items()}, digest(checkpoint.pack(weights))
+        manifest = self.ledger.manifests()[cycle - 2]
+        weights = checkpoint.unpack(self.ledger.read(manifest, "model.safetensors"), "model.safetensors")
+        return {n: t.numpy() for n, t in weights.items()}, manifest.files["model.safetensors"]["sha256"]
+
+    def _select(self, cycle: int, scores: Scored | None, excluded: list[str]) -> Selection:
         return choose(
             self.exp,
             cycle,
@@ -276,19 +309,26 @@ class Worker:
         )
 
     def _train(
-        self, cycle: int, order: Plan, steps: int, clock: Clock
+        self, cycle: int, order: Plan, steps: int, clock: Clock, selection: Selection
     ) -> tuple[dict[str, float], dict[str, Any]]:
         exp = self.exp
         share = [(p, order.order[p]) for p in order.share(self.rank, self.workers)]
         stream = self._stream("train", share, keys=(exp.seed, cycle))
         began, done, lr = time.perf_counter(), [], exp.optim.lr
+        weighted = any(w != 1 for w in selection.weights)
+        weight_of = dict(zip(selection.tile_ids, selection.weights, strict=True))
+        visits: list[torch.Tensor] | None = [] if self.collects else None
+        visited: list[range] = []
         for step in range(order.steps):
             if step == order.steps // 2:
                 self._at("train", cycle)
             micro = []
             for number, positions in order.micro_batches(step, self.rank, self.workers):
                 images, labels = self._arrays(stream.take(positions))
-                micro.append((number, *to_device(images, labels, self.device)))
+                own = [weight_of[order.order[p]] for p in positions] or [1.0]
+                weight = torch.tensor(own, device=self.device) if weighted else None
+                micro.append(MicroBatch(number, *to_device(images, labels, self.device), weight))
+                visited.append(positions)
             lr = learning_rate(exp.optim.lr, exp.optim.schedule, cycle * steps + step, exp.cycles * steps)
             tiles = min(exp.optim.batch, len(order.order) - step * exp.optim.batch)
             done.append(
@@ -297,6 +337,7 @@ class Worker:
                     lr=lr,
                     key=("drop", exp.seed, cycle, step),
                     total=-(-tiles // exp.optim.micro_batch),
+                    visits=visits,
                 )
             )
         stream.close()
@@ -307,8 +348,27 @@ class Worker:
         clock.seconds["stall"] = stream.stall
         clock.seconds["train"] = time.perf_counter() - began - stream.stall
         self._share_quarantine(stream.bad)
+        if visits is not None:
+            self._share_visits(order, visited, visits)
         nodes = self._gathered({"read": dict(stream.nodes), "train": {node_id(): order.steps}})
         return {"loss": loss / max(pixels, 1), "lr": lr}, nodes
+
+    def _share_visits(self, order: Plan, visited: list[range], visits: list[torch.Tensor]) -> None:
+        """Rank 0's keeper gets the visits of all ranks, in the order of the plan; bad tiles were black and tell nothing."""
+        own = [
+            (p, row)
+            for ps, rows in zip(visited, visits, strict=True)
+            for p, row in zip(ps, rows.cpu().numpy(), strict=False)
+        ]
+        parts = [own]
+        if self.workers > 1:
+            parts = [[] for _ in range(self.workers)]
+            dist.all_gather_object(parts, own)
+        if self.keeper and self.rank == 0:
+            both = sorted(((p, row) for part in parts for p, row in part), key=lambda v: v[0])
+            both = [v for v in both if order.order[v[0]] not in self.quarantine]
+            rows = np.stack([row for _, row in both]) if both else self.keeper.visits[1][:0]
+            self.keeper.visits = [order.order[p] for p, _ in both], rows
 
     def _arrays(self, rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
         """Images and labels of a micro-batch; one black, void tile if there is none."""

@@ -135,7 +135,7 @@ def measure(experiment: Experiment, classes: int, side: int, device: str) -> tup
     import torch
 
     from raysed.cluster.cycles import node_cpus
-    from raysed.core.step import Learner, resolve_precision, to_device
+    from raysed.core.step import Learner, MicroBatch, resolve_precision, to_device
 
     torch.set_num_threads(experiment.cluster.threads or node_cpus())
     place = torch.device(device)
@@ -150,14 +150,14 @@ def measure(experiment: Experiment, classes: int, side: int, device: str) -> tup
     rng, size = np.random.default_rng(0), experiment.optim.micro_batch
     images = rng.integers(0, 256, (size, side, side, 3), np.uint8)
     labels = rng.integers(1, classes + 1, (size, side, side), np.uint8)
-    micro = [(k, *to_device(images, labels, place)) for k in range(experiment.optim.micro_batches)]
+    micro = [MicroBatch(k, *to_device(images, labels, place)) for k in range(experiment.optim.micro_batches)]
 
     def step() -> None:
         learner.step(micro, lr=1e-6, key=("measure",), total=len(micro)).cpu()
 
     def forward() -> None:
-        for _, x, _ in micro:
-            learner.predict(x)
+        for batch in micro:
+            learner.predict(batch.images)
 
     speeds = []
     for action in (step, forward):

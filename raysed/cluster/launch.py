@@ -20,6 +20,7 @@ from raysed import errors
 from raysed.cluster import cycles
 from raysed.cluster.connect import connect
 from raysed.cluster.cycles import Arm, Setup
+from raysed.cluster.scorekeeping import RECORDED
 from raysed.cluster.scoring import Network, Scorer
 from raysed.cluster.telemetry import Monitor, Progress, TensorBoard
 from raysed.config import Experiment
@@ -131,6 +132,11 @@ def check_data(experiment: Experiment, store: Store, say: Callable[[str], None])
     if experiment.select.strategy not in STRATEGIES:
         raise UsageError(
             f"select.strategy must be one of {', '.join(STRATEGIES)}, got {experiment.select.strategy!r}"
+        )
+    if missing := STRATEGIES[experiment.select.strategy].needs - RECORDED:
+        raise UsageError(
+            f"strategy {experiment.select.strategy} needs the scores {', '.join(sorted(missing))}, which no run records: "
+            "choose another --select"
         )
     experiment.select.budget(len(cycles.labelled(store.split("train"))))
     if not cycles.labelled(store.split("val")):

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 
+from raysed.core.tiles import resize_image
 from raysed.errors import RaysedError, ResourcesError, rebuilt
 from raysed.io.storage import Storage
 from raysed.io.store import BadTile, Tile, read_tiles
@@ -62,7 +62,7 @@ class Scorer:
         return ray.get_runtime_context().get_node_id()
 
     def score(
-        self, weights: dict[str, np.ndarray], version: str, locations: list[dict], threads: int
+        self, weights: dict[str, np.ndarray], version: str, locations: list[dict], side: int, threads: int
     ) -> dict[str, Any]:
         """Scores of one chunk.
 
@@ -70,6 +70,7 @@ class Scorer:
             weights: state dict as arrays.
             version: their hash; loaded only when it changes.
             locations: rows of `store.LOCATION`.
+            side: side at which the tiles are scored, pixels; smaller than stored is cheaper.
             threads: torch threads; sent with every call, since a scorer that was restarted has forgotten them.
 
         Returns:
@@ -79,7 +80,7 @@ class Scorer:
         import torch
 
         from raysed.core.step import DTYPES, to_device
-        from raysed.core.uncertainty import tile_scores
+        from raysed.core.uncertainty import log_probabilities, tile_scores
 
         if version != self.version:
             self.net.load_state_dict({n: torch.from_numpy(np.array(w)) for n, w in weights.items()})
@@ -93,9 +94,9 @@ class Scorer:
         dtype = DTYPES[self.precision]
         with torch.inference_mode(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             for i in range(0, len(ids), BATCH):
-                batch = np.stack([images[t] for t in ids[i : i + BATCH]])
+                batch = np.stack([resize_image(images[t], side, side) for t in ids[i : i + BATCH]])
                 x, _ = to_device(batch, np.zeros((0,), np.uint8), self.device)
-                rows.append(tile_scores(self.net(x)).cpu().numpy())
+                rows.append(tile_scores(log_probabilities(self.net(x))).cpu().numpy())
         return {
             "ids": ids,
             "scores": np.concatenate(rows) if rows else np.zeros((0, 2), np.float32),
@@ -120,10 +121,12 @@ class Scorer:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of a pool."""
+    """What scorers have answered."""
 
-    table: pa.Table
-    """tile_id, entropy, margin, mass (per class), age in cycles; sorted by tile_id."""
+    ids: list[str]
+    """Sorted."""
+    rows: np.ndarray
+    """(n, 2 + C) float32: entropy, margin, mass of each class."""
     bad: list[BadTile]
     nodes: dict[str, int]
     """Node -> tiles scored there."""
@@ -151,6 +154,8 @@ def score_pool(
     weights: dict[str, np.ndarray],
     version: str,
     locations: list[dict],
+    *,
+    side: int,
 ) -> Scores:
     """Score tiles with a pool of scorers; every tile gets one score, whoever dies.
 
@@ -173,7 +178,7 @@ def score_pool(
         queue = queues[n] or max(queues.values(), key=len)
         if queue:
             k = queue.popleft()
-            flying[living[n].score.remote(sent, version, chunks[k], threads[n])] = (n, k)
+            flying[living[n].score.remote(sent, version, chunks[k], side, threads[n])] = (n, k)
 
     for n in [*living, *living]:  # two in flight each, so that none waits for its next chunk
         feed(n)
@@ -211,16 +216,6 @@ def score_pool(
     for part in parts:
         nodes[part["node"]] += len(part["ids"])
     width = max((p["scores"].shape[1] for p in parts), default=2)
-    values = np.concatenate(
-        [np.zeros((0, width), np.float32), *(p["scores"] for p in parts if len(p["ids"]))]
-    )
-    table = pa.table(
-        {
-            "tile_id": pa.array([t for p in parts for t in p["ids"]], pa.string()),
-            "entropy": values[:, 0],
-            "margin": values[:, 1],
-            "mass": pa.array(list(values[:, 2:]), pa.list_(pa.float32())),
-            "age": pa.array(np.zeros(len(values)), pa.int32()),
-        }
-    )
-    return Scores(table, [BadTile(**b) for p in parts for b in p["bad"]], dict(nodes))
+    rows = [np.zeros((0, width), np.float32), *(p["scores"] for p in parts if len(p["ids"]))]
+    ids = [t for p in parts for t in p["ids"]]
+    return Scores(ids, np.concatenate(rows), [BadTile(**b) for p in parts for b in p["bad"]], dict(nodes))

@@ -5,31 +5,34 @@
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from raysed.core.tiles import VOID
 
 
-def focal_loss_sum(logits: Tensor, target: Tensor, alpha: Tensor, gamma: float = 2.0) -> Tensor:
+def focal_loss_sum(
+    log_p: Tensor, target: Tensor, alpha: Tensor, gamma: float = 2.0, weight: Tensor | None = None
+) -> Tensor:
     """Softmax focal loss, eq. (5) of the paper, summed over the pixels that are not void.
 
     Args:
-        logits: (B, C, H, W) float, before softmax.
+        log_p: (B, C, H, W) float32 log probabilities.
         target: (B, H, W) integer class indices, `VOID` where unknown.
         alpha: (C,) float32, weight of each class.
         gamma: focusing power; 0 gives weighted cross-entropy.
+        weight: (B,) float32, importance of each tile; None is 1.
 
     Returns:
         Scalar float32.
     """
     known = target != VOID
     index = torch.where(known, target, 0).long()
-    log_p = F.log_softmax(logits.float(), dim=1).gather(1, index[:, None]).squeeze(1)  # (B, H, W)
-    rest = (-torch.expm1(log_p)).clamp_min(
+    log_pt = log_p.gather(1, index[:, None]).squeeze(1)  # (B, H, W)
+    rest = (-torch.expm1(log_pt)).clamp_min(
         1e-7
     )  # 1 - p; the bound keeps the gradient finite for 0 < gamma < 1
-    return (-alpha[index] * rest**gamma * log_p * known).sum()
+    loss = -alpha[index] * rest**gamma * log_pt * known
+    return loss.sum() if weight is None else (loss * weight[:, None, None]).sum()
 
 
 def class_weights(pixels: np.ndarray, power: float) -> np.ndarray:

@@ -21,6 +21,7 @@ from raysed.core.losses import focal_loss_sum
 from raysed.core.metrics import confusion, soft_iou
 from raysed.core.randomness import keyed_seed
 from raysed.core.tiles import target_of
+from raysed.core.uncertainty import log_probabilities, visit_scores
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -103,6 +104,20 @@ class Totals:
     """Focal loss, known pixels, soft IoU, batches."""
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """Tiles of one forward pass; one that has no tile is one black tile, all void, and leaves no trace."""
+
+    number: int
+    """In the step."""
+    images: Tensor
+    """(B, 3, H, W)."""
+    target: Tensor
+    """(B, H, W)."""
+    weight: Tensor | None = None
+    """(B,) importance of each tile's loss; None is 1."""
+
+
 class Learner:
     """A network in training on one rank: weights, Adam state, batch-norm statistics, precision.
 
@@ -151,20 +166,21 @@ class Learner:
 
     def step(
         self,
-        micro_batches: list[tuple[int, Tensor, Tensor]],
+        micro_batches: list[MicroBatch],
         *,
         lr: float,
         key: tuple[str | int, ...],
         total: int,
+        visits: list[Tensor] | None = None,
     ) -> Tensor:
         """One optimiser step.
 
         Args:
-            micro_batches: (number in the step, (B, 3, H, W) images, (B, H, W) targets) of this rank, at least one; a
-                micro-batch that has no tile is one black tile, all void, and leaves no trace.
+            micro_batches: of this rank, at least one.
             lr: learning rate.
             key: owner of the randomness inside the network; the micro-batch's number is added.
             total: M, micro-batches of the step over all ranks that hold tiles.
+            visits: if given, each micro-batch's `visit_scores` are appended.
 
         Returns:
             (2,) float32 on the device, detached: summed focal loss and known pixels of this rank.
@@ -177,20 +193,25 @@ class Learner:
         done = torch.zeros(2, device=self.device)
         statistics: dict[int, Tensor] = {}
         gradients: dict[int, Tensor] = {}
-        for position, (number, images, target) in enumerate(micro_batches):
+        for position, micro in enumerate(micro_batches):
+            number, target = micro.number, micro.target
             torch.manual_seed(keyed_seed(*key, number))
             last = position == len(micro_batches) - 1
             hold = nullcontext() if last or self.wrapped is self.net else self.wrapped.no_sync()  # type: ignore[operator]
             with hold:
                 with self._autocast():
-                    logits = self.wrapped(images)
-                loss = focal_loss_sum(logits, target, self.alpha, self.gamma)
+                    logits = self.wrapped(micro.images)
+                log_p = log_probabilities(logits)
+                loss = focal_loss_sum(log_p, target, self.alpha, self.gamma, micro.weight)
                 averaged = (
                     self.workers if self.wrapped is not self.net else 1
                 )  # DDP divides by the number of ranks
                 scale = averaged / (self.batch * target.shape[1] * target.shape[2])
                 self.scaler.scale(loss * scale).backward()
             done += torch.stack([loss.detach(), (target < len(self.alpha)).sum()])
+            if visits is not None:
+                with torch.no_grad():
+                    visits.append(visit_scores(log_p.detach(), target))
             if number < total:
                 statistics[number] = self.norm.flat.clone()
             if self.ordered_sums and self.workers > 1:
@@ -243,10 +264,10 @@ class Learner:
         for images, target in batches:
             with self._autocast():
                 logits = self.net(images)
-            logits = logits.float()
-            loss = focal_loss_sum(logits, target, self.alpha, self.gamma)
+            log_p = log_probabilities(logits)
+            loss = focal_loss_sum(log_p, target, self.alpha, self.gamma)
             known = (target < classes).sum()
-            soft = soft_iou(logits.softmax(1), target)
+            soft = soft_iou(log_p.exp(), target)
             sums += torch.stack(
                 [loss.double(), known.double(), soft.double(), torch.ones_like(loss).double()]
             )

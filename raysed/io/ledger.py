@@ -319,13 +319,11 @@ def verify(ledger: Ledger, index: pa.Table) -> list[str]:
     """
     wrong, manifests = [], ledger.manifests()
     state: dict[str, Any] | None = {}
-    weights: str | None = None
+    models: list[str] = []
     for manifest in manifests:
         experiment, _ = ledger.config(manifest.cycle)
-        wrong += [
-            f"cycle {manifest.cycle}: {line}" for line in _contradictions(manifest, experiment, weights)
-        ]
-        weights = manifest.files["model.safetensors"]["sha256"]
+        wrong += [f"cycle {manifest.cycle}: {line}" for line in _contradictions(manifest, experiment, models)]
+        models.append(manifest.files["model.safetensors"]["sha256"])
         try:
             for name in manifest.files:
                 if kept(name, manifest.cycle, manifests[-1].cycle):
@@ -353,14 +351,15 @@ def verify(ledger: Ledger, index: pa.Table) -> list[str]:
     return wrong + [f"{path} does not count: a cycle before it is missing" for path in ledger.beyond_gap()]
 
 
-def _contradictions(manifest: Manifest, experiment: Experiment, weights: str | None) -> list[str]:
-    """What a cycle's record says that its configuration, the cycle before it or its own counts deny."""
+def _contradictions(manifest: Manifest, experiment: Experiment, models: list[str]) -> list[str]:
+    """What a cycle's record says that its configuration, the models of the cycles before it or its own counts deny."""
     record, val = manifest.record, manifest.record["val"]
     lines = []
     if record["config_hash"] != config_hash(experiment):
         lines.append("the hash of its configuration is not that of config.json")
-    if weights and record["scoring_weights"] not in (None, weights):
-        lines.append("it was scored with weights that are not those of the cycle before")
+    back = 2 if experiment.select.scores == "overlapped" else 1
+    if len(models) >= back and record["scoring_weights"] not in (None, models[-back]):
+        lines.append(f"it was scored with weights that are not those of the cycle {back} before")
     if "counts" in val:
         again = metrics.scores(np.array(val["counts"]), list(val["iou"]))
         lines += [

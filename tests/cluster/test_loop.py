@@ -17,7 +17,7 @@ import torch
 import raysed
 from raysed.cluster import scoring
 from raysed.cluster.launch import check_data
-from raysed.cluster.scoring import BATCH, Network, Scorer, score_pool
+from raysed.cluster.scoring import BATCH, Network, Scorer, score_pool, share_threads
 from raysed.cluster.stream import Stream
 from raysed.cluster.telemetry import GAUGES, Monitor
 from raysed.config import AugmentConfig, Experiment
@@ -27,12 +27,13 @@ from raysed.core.networks import build
 from raysed.core.plan import plan
 from raysed.core.randomness import keyed_rng
 from raysed.core.step import to_device
-from raysed.core.uncertainty import tile_scores
+from raysed.core.uncertainty import log_probabilities, tile_scores
 from raysed.errors import ResourcesError, StorageError
 from raysed.io.ledger import Manifest
 from raysed.io.store import Store, read_tiles
 
 pytestmark = pytest.mark.ray
+SIDE = 64
 LIMITS = AugmentConfig()
 
 
@@ -106,13 +107,13 @@ def test_a_storage_that_refuses_comes_out_of_stream_and_scorer_as_itself(
     network = Network("unet:resnet18", 8, "fp32", "cpu")
     scorer = ray.remote(Scorer).remote(network, shardless_store, store.dataset.tile_size, 1 << 30)
     with pytest.raises(StorageError, match=r"shards/part-00000\.parquet: .*directory"):
-        score_pool([scorer], [1], weights, "v1", store.locations(ids))
+        score_pool([scorer], [1], weights, "v1", store.locations(ids), side=SIDE)
     ray.kill(scorer)
 
 
 def test_scorers_that_die_again_and_again_end_the_scoring(ray_session, small_store, weights, monkeypatch):
     class Doomed(Scorer):
-        def score(self, weights, version, locations, threads):
+        def score(self, weights, version, locations, side, threads):
             os._exit(9)
 
     monkeypatch.setattr(scoring, "PATIENCE", 8.0)
@@ -120,8 +121,11 @@ def test_scorers_that_die_again_and_again_end_the_scoring(ray_session, small_sto
     network = Network("unet:resnet18", 8, "fp32", "cpu")
     actor = ray.remote(Doomed).options(num_cpus=0.1, max_restarts=-1)
     doomed = [actor.remote(network, small_store, store.dataset.tile_size, 1 << 30) for _ in range(2)]
+    share_threads(doomed, 60)  # they are up
     with pytest.raises(ResourcesError, match=r"no scorer has given a score for 8 s, 0 of 2 chunks .*memory"):
-        score_pool(doomed, [1, 1], weights, "v1", store.locations(store.index["tile_id"].to_pylist()[:40]))
+        score_pool(
+            doomed, [1, 1], weights, "v1", store.locations(store.index["tile_id"].to_pylist()[:40]), side=SIDE
+        )
     for scorer in doomed:
         ray.kill(scorer)
 
@@ -131,13 +135,13 @@ def pool(ray_session, small_store):
     class MortalScorer(Scorer):
         """Dies once, while it holds its second chunk of the weights `deadly`."""
 
-        def score(self, weights, version, locations, threads):
+        def score(self, weights, version, locations, side, threads):
             self.calls = getattr(self, "calls", 0) + (version == "deadly")
             marker = Path(self.storage.uri, "died")
             if self.calls == 2 and not marker.exists():
                 marker.touch()
                 os._exit(9)
-            return super().score(weights, version, locations, threads)
+            return super().score(weights, version, locations, side, threads)
 
     network = Network("unet:resnet18", 8, "fp32", "cpu")
     actor = ray.remote(MortalScorer).options(num_cpus=0.1, max_restarts=-1)
@@ -156,8 +160,8 @@ def weights():
 def test_scores_of_the_pool_equal_a_plain_loop_though_a_scorer_dies(pool, weights, small_store):
     store = Store.open(small_store)
     ids = sorted(store.index["tile_id"].to_pylist())
-    calm = score_pool(pool, [1, 1], weights, "v1", store.locations(ids[::-1]))
-    assert calm.table["tile_id"].to_pylist() == ids
+    calm = score_pool(pool, [1, 1], weights, "v1", store.locations(ids[::-1]), side=SIDE)
+    assert calm.ids == ids
     assert sum(calm.nodes.values()) == len(ids)
 
     net = build("unet:resnet18", 8, 4).to(memory_format=torch.channels_last).eval()
@@ -168,17 +172,16 @@ def test_scores_of_the_pool_equal_a_plain_loop_though_a_scorer_dies(pool, weight
             x, _ = to_device(
                 np.stack([t.image for t in tiles]), np.zeros((0,), np.uint8), torch.device("cpu")
             )
-            plain.append(tile_scores(net(x)).numpy())
+            plain.append(tile_scores(log_probabilities(net(x))).numpy())
     plain = np.concatenate(plain)
-    assert calm.table["entropy"].to_numpy() == pytest.approx(plain[:, 0], rel=1e-5)
-    assert np.stack(calm.table["mass"].to_pylist()) == pytest.approx(plain[:, 2:], rel=1e-3, abs=1e-6)
+    assert calm.rows[:, 0] == pytest.approx(plain[:, 0], rel=1e-5)
+    assert calm.rows[:, 2:] == pytest.approx(plain[:, 2:], rel=1e-3, abs=1e-6)
 
-    faulted = score_pool(pool, [1, 1], weights, "deadly", store.locations(ids))
+    faulted = score_pool(pool, [1, 1], weights, "deadly", store.locations(ids), side=SIDE)
     assert Path(small_store, "died").exists()
-    assert faulted.table == calm.table
-    assert (
-        score_pool(pool, [1, 1], weights, "v3", store.locations(ids)).table == calm.table
-    )  # the dead one is back or left out
+    assert np.array_equal(faulted.rows, calm.rows)
+    again = score_pool(pool, [1, 1], weights, "v3", store.locations(ids), side=SIDE)
+    assert np.array_equal(again.rows, calm.rows)  # the dead one is back or left out
 
 
 def test_a_bad_tile_is_left_out_of_the_scores_and_named(ray_session, weights, damaged_store):
@@ -190,12 +193,12 @@ def test_a_bad_tile_is_left_out_of_the_scores_and_named(ray_session, weights, da
         .remote(Network("unet:resnet18", 8, "fp32", "cpu"), uri, store.dataset.tile_size, 1 << 30)
     )
     scores = score_pool(
-        [scorer], [1], weights, "v1", store.locations(store.index["tile_id"].to_pylist()[:40])
+        [scorer], [1], weights, "v1", store.locations(store.index["tile_id"].to_pylist()[:40]), side=SIDE
     )
     ray.kill(scorer)
     assert [b.tile_id for b in scores.bad] == [victim]
-    assert len(scores.table) == 39
-    assert victim not in scores.table["tile_id"].to_pylist()
+    assert len(scores.ids) == 39
+    assert victim not in scores.ids
 
 
 def test_a_class_absent_from_training_is_said_and_weighs_nothing(small_store):

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from raysed.core.losses import class_weights, focal_loss_sum
 from raysed.core.tiles import VOID
+from raysed.core.uncertainty import log_probabilities
 
 
 @pytest.fixture
@@ -20,7 +21,9 @@ def batch():
 def test_gamma_zero_is_weighted_cross_entropy(batch):
     logits, target, alpha = batch
     expected = F.cross_entropy(logits, target.long(), weight=alpha, ignore_index=VOID, reduction="sum")
-    assert focal_loss_sum(logits, target, alpha, 0.0).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert focal_loss_sum(log_probabilities(logits), target, alpha, 0.0).item() == pytest.approx(
+        expected.item(), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 5.0])
@@ -32,20 +35,30 @@ def test_against_a_float64_oracle(batch, gamma):
     for b, y, x in np.ndindex(*target.shape):
         if (c := int(target[b, y, x])) != VOID:
             total -= alpha[c] * (1 - p[b, c, y, x]) ** gamma * np.log(p[b, c, y, x])
-    assert focal_loss_sum(*batch, gamma).item() == pytest.approx(total, rel=1e-5)
+    logits, *others = batch
+    assert focal_loss_sum(log_probabilities(logits), *others, gamma).item() == pytest.approx(total, rel=1e-5)
+
+
+def test_a_weight_counts_a_tile_so_many_times(batch):
+    logits, target, alpha = batch
+    log_p = log_probabilities(logits)
+    own = [focal_loss_sum(log_p[i : i + 1], target[i : i + 1], alpha).item() for i in range(2)]
+    weighted = focal_loss_sum(log_p, target, alpha, weight=torch.tensor([2.0, 0.5])).item()
+    assert weighted == pytest.approx(2 * own[0] + 0.5 * own[1], rel=1e-6)
 
 
 def test_void_pixels_leave_no_gradient(batch):
     logits, target, alpha = batch
     logits.requires_grad_()
-    focal_loss_sum(logits, target, alpha).backward()
+    focal_loss_sum(log_probabilities(logits), target, alpha).backward()
     assert logits.grad[0, :, :2].abs().max() == 0
     assert logits.grad[0, :, 2:].abs().max() > 0
 
 
 def test_gradient_is_finite_for_a_certain_pixel_and_small_gamma():
     logits = torch.tensor([[[[200.0]], [[0.0]]]], requires_grad=True)
-    focal_loss_sum(logits, torch.zeros(1, 1, 1, dtype=torch.uint8), torch.ones(2), 0.3).backward()
+    target = torch.zeros(1, 1, 1, dtype=torch.uint8)
+    focal_loss_sum(log_probabilities(logits), target, torch.ones(2), 0.3).backward()
     assert torch.isfinite(logits.grad).all()
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from raysed.core.networks import Network, UNet
 from raysed.core.plan import plan
 from raysed.core.randomness import keyed_rng
-from raysed.core.step import BatchNormStatistics, Learner, learning_rate, to_device
+from raysed.core.step import BatchNormStatistics, Learner, MicroBatch, learning_rate, to_device
 
 SIDE, CLASSES, BATCH, MICRO = 16, 3, 8, 2
 IDS = [f"t{i}" for i in range(21)]  # the last step has 5 tiles: micro-batches of 2, 2, 1 and none
@@ -45,7 +45,7 @@ def train(rank: int, workers: int, *, norm: bool, ordered: bool, steps: int) -> 
                 (np.zeros((SIDE, SIDE, 3), np.uint8), np.zeros((SIDE, SIDE), np.uint8))
             ]
             images, labels = (np.stack(x) for x in zip(*pairs, strict=True))
-            micro.append((number, *to_device(images, labels, torch.device("cpu"))))
+            micro.append(MicroBatch(number, *to_device(images, labels, torch.device("cpu"))))
         tiles = min(BATCH, len(IDS) - step * BATCH)
         learner.step(micro, lr=1e-2, key=("k", step), total=-(-tiles // MICRO))
     return learner
@@ -125,7 +125,7 @@ def test_young_running_statistics_are_the_mean_of_what_was_seen_then_a_moving_av
 def test_one_micro_batch_gives_the_statistics_of_that_batch():
     learner = train(0, 1, norm=True, ordered=False, steps=0)
     x, y = to_device(*(np.stack(v) for v in zip(*map(tile, range(2)), strict=True)), torch.device("cpu"))
-    learner.step([(0, x, y)], lr=0.0, key=("k",), total=1)
+    learner.step([MicroBatch(0, x, y)], lr=0.0, key=("k",), total=1)
     first = learner.net.net.down[0]
     own = first[0]((x - learner.net.mean) / learner.net.std)
     assert torch.allclose(first[1].running_mean, own.mean((0, 2, 3)), atol=1e-5)
@@ -140,7 +140,7 @@ def test_overfits_one_batch_and_resumes_bit_equal():
         return Learner(small_net(True), alpha=np.ones(3, np.float32), gamma=2, batch=4, precision="fp32")
 
     def losses(learner: Learner, steps: range) -> list[float]:
-        sums = [learner.step([(0, x, y)], lr=2e-2, key=("o", s), total=1) for s in steps]
+        sums = [learner.step([MicroBatch(0, x, y)], lr=2e-2, key=("o", s), total=1) for s in steps]
         return [(loss / pixels).item() for loss, pixels in sums]
 
     one = fresh()

@@ -165,7 +165,7 @@ def test_a_run_that_goes_on_with_another_configuration_remembers_both(run):
     ("change", "text"),
     [
         ({"config_hash": "0"}, "not that of config.json"),
-        ({"scoring_weights": "0"}, "not those of the cycle before"),
+        ({"scoring_weights": "0"}, "not those of the cycle 1 before"),
         (
             {"val": {"miou": 0.9, "iou": {"field": 1, "road": 1}, "counts": [[8, 1], [2, 5]]}},
             "val.miou is 0.9, its counts say",

@@ -1,0 +1,161 @@
+"""Who scores which tiles when: the score table of a run on rank 0, from cycle to cycle."""
+
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from ray.actor import ActorHandle
+
+from raysed.cluster.scoring import Scores, score_pool
+from raysed.config import SelectConfig
+from raysed.core.acquisition import STRATEGIES
+from raysed.core.scores import ScoreTable, calibrated
+from raysed.io.store import BadTile, Store
+
+Weights = Callable[[], tuple[dict[str, np.ndarray], str]]
+"""A network's state dict as arrays, and its hash."""
+SAMPLE = 32
+"""Visited tiles that a scorer scores too, to bring by-product scores onto its scale."""
+COLLECTED = frozenset({"loss", "class_loss"})
+"""Columns that come from training visits alone."""
+RECORDED = frozenset({"entropy", "margin", "mass"}) | COLLECTED
+"""Columns that a run can record."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scores that one cycle selects by."""
+
+    table: pa.Table
+    tiles: int
+    """Scored by a scorer for this cycle."""
+    nodes: dict[str, int]
+    bad: list[BadTile]
+    weights: str | None
+    """Hash of the weights they were scored with; None if no scorer worked."""
+
+
+class Scorekeeper:
+    """The score table and what keeps it up to date.
+
+    Args:
+        scorers: the pool; empty if the strategy needs no forward pass.
+        threads: of each.
+        store: the tile store.
+        select: strategy and mode.
+        multiple: side of a tile that the network takes is a multiple of this.
+    """
+
+    def __init__(
+        self,
+        scorers: Sequence[ActorHandle],
+        threads: Sequence[int],
+        store: Store,
+        select: SelectConfig,
+        *,
+        multiple: int,
+    ) -> None:
+        strategy = STRATEGIES[select.strategy]
+        self.scorers, self.threads, self.store = scorers, threads, store
+        self.mode = select.scores if strategy.needs_scores else "visits"
+        self.refresh = select.refresh
+        self.collects = bool(strategy.needs & COLLECTED) or self.mode == "byproduct"
+        """Whether training has to record its visits."""
+        side = store.dataset.tile_size
+        half = side // 2 // multiple * multiple
+        self.side = half if self.mode == "byproduct" and half >= 2 * multiple else side
+        self.classes = len(store.dataset.classes)
+        self.table = ScoreTable.unknown([], self.classes)
+        self.visits: tuple[list[str], np.ndarray] = ([], np.zeros((0, 3 + 2 * self.classes), np.float32))
+        """Tiles of the last cycle in the order of its plan, and their rows of `uncertainty.visit_scores`."""
+        self._ahead: tuple[Future[Scores], str] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="raysed-score")
+
+    def restore(self, scores: pa.Table, visits: pa.Table | None) -> None:
+        """Go on after a committed cycle, from its `scores.parquet` and `visits.parquet`."""
+        self.table = ScoreTable.from_table(scores, self.classes)
+        if visits is not None:
+            rows = np.array(visits["row"].to_pylist(), np.float32).reshape(len(visits), -1)
+            self.visits = visits["tile_id"].to_pylist(), rows
+
+    def visits_table(self) -> pa.Table:
+        """`visits.parquet`: tile_id, row (see `uncertainty.visit_scores`)."""
+        ids, rows = self.visits
+        return pa.table(
+            {"tile_id": pa.array(ids, pa.string()), "row": pa.array(list(rows), pa.list_(pa.float32()))}
+        )
+
+    def scores(self, ids: list[str], now: Weights, before: Weights) -> Scored:
+        """Scores for the selection of a cycle.
+
+        Args:
+            ids: the tiles that can be selected, sorted.
+            now: the weights that the cycle starts from.
+            before: those that the cycle before started from; asked only in mode overlapped, and not in the first cycle.
+        """
+        table = self.table.only(ids).older()
+        known = set(ids)
+        keep = [i for i, t in enumerate(self.visits[0]) if t in known]
+        visited, rows = [self.visits[0][i] for i in keep], self.visits[1][keep]
+        found, version = None, None
+        if self.mode == "byproduct" and visited:
+            found, version, table = self._refreshed(table, visited, rows, now)
+        else:
+            table = table.with_losses(visited, rows)
+            if self.mode == "overlapped":
+                found, version = self._one_cycle_old(ids, now, before)
+            elif self.mode != "visits":
+                found, version = self._pass(ids, now)
+        if found is not None:
+            kept = [i for i, t in enumerate(found.ids) if t in known]
+            table = table.with_scores([found.ids[i] for i in kept], found.rows[kept])
+        self.table = table
+        return Scored(
+            table.table(),
+            len(found.ids) if found else 0,
+            found.nodes if found else {},
+            found.bad if found else [],
+            version,
+        )
+
+    def begin_ahead(self, ids: list[str], now: Weights) -> None:
+        """In mode overlapped: score the pool for the next cycle while this one trains."""
+        if self.mode == "overlapped" and self._ahead is None:
+            weights, version = now()
+            self._ahead = self._thread.submit(self._pool, ids, weights, version), version
+
+    def _one_cycle_old(self, ids: list[str], now: Weights, before: Weights) -> tuple[Scores, str]:
+        if self._ahead is None:  # the first cycle, or one that is continued
+            found, version = self._pass(ids, now if not self.table.ids.size else before)
+            if not self.table.ids.size:
+                done: Future[Scores] = Future()
+                done.set_result(found)
+                self._ahead = done, version  # the second cycle selects by the first weights as well
+            return found, version
+        future, version = self._ahead
+        self._ahead = None
+        return future.result(), version
+
+    def _refreshed(
+        self, table: ScoreTable, visited: list[str], rows: np.ndarray, now: Weights
+    ) -> tuple[Scores, str, ScoreTable]:
+        sample = visited[:SAMPLE]
+        oldest = table.oldest(math.ceil(self.refresh * len(table.ids)), set(visited))
+        found, version = self._pass(sorted([*sample, *oldest]), now)
+        scorer = dict(zip(found.ids, found.rows, strict=True))
+        both = [i for i, t in enumerate(sample) if t in scorer]
+        if len(both) > 1:
+            rows = calibrated(rows, rows[both], np.stack([scorer[sample[i]] for i in both]))
+        return found, version, table.with_visits(visited, rows)
+
+    def _pass(self, ids: list[str], weights: Weights) -> tuple[Scores, str]:
+        arrays, version = weights()
+        return self._pool(ids, arrays, version), version
+
+    def _pool(self, ids: list[str], weights: dict[str, np.ndarray], version: str) -> Scores:
+        return score_pool(
+            self.scorers, self.threads, weights, version, self.store.locations(ids), side=self.side
+        )

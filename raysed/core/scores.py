@@ -1,0 +1,157 @@
+"""The score table: what is known about every tile of the pool, and how old it is.  Letters: N tiles, C classes.
+
+Scores come from two sources: passes of the scorers, and training visits, which cost nothing.  A visit sees an augmented tile
+and batch statistics, so its scores are moved to the scale of the scorers' before they are mixed.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+
+SMOOTHING = 0.5
+"""Share of a new visit in a tile's smoothed statistics."""
+NEVER = -1
+"""Age of a tile that no scorer and no visit has seen."""
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Scores of a pool in order of tile_id."""
+
+    ids: np.ndarray
+    """(N,) str, sorted."""
+    scored: np.ndarray
+    """(N, 2 + C) float32: entropy, margin, mass of each class; nan where unknown."""
+    loss: np.ndarray
+    """(N, 1 + C) float32: cross-entropy of training visits, smoothed, and each class's share of it; nan where never visited."""
+    age: np.ndarray
+    """(N,) int32 cycles since `scored` was renewed."""
+
+    @classmethod
+    def unknown(cls, ids: list[str], classes: int) -> "ScoreTable":
+        """Nothing is known yet."""
+        n = len(ids)
+        return cls(
+            np.array(sorted(ids), object),
+            np.full((n, 2 + classes), np.nan, np.float32),
+            np.full((n, 1 + classes), np.nan, np.float32),
+            np.full(n, NEVER, np.int32),
+        )
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {tile: i for i, tile in enumerate(self.ids)}
+
+    def _at(self, ids: list[str]) -> np.ndarray:
+        return np.array([self._places[t] for t in ids], int)
+
+    def only(self, ids: list[str]) -> "ScoreTable":
+        """Rows of these tiles, those that are not here yet as unknown."""
+        if ids == self.ids.tolist():
+            return self
+        fresh = ScoreTable.unknown(ids, self.scored.shape[1] - 2)
+        both = [t for t in fresh.ids if t in self._places]
+        to, at = fresh._at(both), self._at(both)
+        fresh.scored[to], fresh.loss[to], fresh.age[to] = self.scored[at], self.loss[at], self.age[at]
+        return fresh
+
+    def older(self) -> "ScoreTable":
+        """A cycle has passed."""
+        return replace(self, age=np.where(self.age == NEVER, NEVER, self.age + 1).astype(np.int32))
+
+    def with_scores(self, ids: list[str], rows: np.ndarray) -> "ScoreTable":
+        """A scorer's (n, 2 + C) rows replace what was known.
+
+        Args:
+            ids: n tiles.
+            rows: of these tiles.
+        """
+        scored, age, at = self.scored.copy(), self.age.copy(), self._at(ids)
+        scored[at], age[at] = rows, 0
+        return replace(self, scored=scored, age=age)
+
+    def with_losses(self, ids: list[str], visits: np.ndarray) -> "ScoreTable":
+        """Training visits renew the smoothed losses; only the last 1 + C columns of the visits are used.
+
+        Args:
+            ids: n tiles.
+            visits: (n, 2 + C + 1 + C) rows of `uncertainty.visit_scores`.
+        """
+        loss, at = self.loss.copy(), self._at(ids)
+        loss[at] = _smoothed(loss[at], visits[:, self.scored.shape[1] :])
+        return replace(self, loss=loss)
+
+    def with_visits(self, ids: list[str], visits: np.ndarray) -> "ScoreTable":
+        """Training visits renew the smoothed scores too; the visits are on the scorers' scale already, see `calibrated`."""
+        table = self.with_losses(ids, visits)
+        scored, age, at = table.scored.copy(), table.age.copy(), table._at(ids)
+        scored[at] = _smoothed(scored[at], visits[:, : scored.shape[1]])
+        age[at] = 0
+        return replace(table, scored=scored, age=age)
+
+    def oldest(self, count: int, besides: set[str]) -> list[str]:
+        """Tiles to score next: the never scored first, then by age; ties by tile_id."""
+        age = np.where(self.age == NEVER, np.iinfo(np.int32).max, self.age)
+        order = np.argsort(-age.astype(np.int64), kind="stable")
+        return [t for t in self.ids[order] if t not in besides][:count]
+
+    def table(self) -> pa.Table:
+        """`scores.parquet`: tile_id, entropy, margin, mass, loss, class_loss, age; null where unknown."""
+        return pa.table(
+            {
+                "tile_id": pa.array(self.ids.tolist(), pa.string()),
+                "entropy": _nullable(self.scored[:, 0]),
+                "margin": _nullable(self.scored[:, 1]),
+                "mass": _lists(self.scored[:, 2:]),
+                "loss": _nullable(self.loss[:, 0]),
+                "class_loss": _lists(self.loss[:, 1:]),
+                "age": pa.array(self.age, pa.int32()),
+            }
+        )
+
+    @classmethod
+    def from_table(cls, table: pa.Table, classes: int) -> "ScoreTable":
+        """Inverse of `table`."""
+        empty = cls.unknown(table["tile_id"].to_pylist(), classes)
+        for name, target in (
+            ("entropy", empty.scored[:, 0]),
+            ("margin", empty.scored[:, 1]),
+            ("loss", empty.loss[:, 0]),
+        ):
+            target[:] = table[name].to_numpy()
+        for name, block in (("mass", empty.scored[:, 2:]), ("class_loss", empty.loss[:, 1:])):
+            for i, row in enumerate(table[name].to_pylist()):
+                if row is not None:
+                    block[i] = row
+        empty.age[:] = table["age"].to_numpy()
+        return empty
+
+
+def calibrated(visits: np.ndarray, sample: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Visits on the scorers' scale: every scorer column gets the mean and the deviation that scorers find on the same tiles.
+
+    Args:
+        visits: (n, 2 + C + 1 + C) rows of `uncertainty.visit_scores`.
+        sample: (m, 2 + C + 1 + C) visits of tiles that a scorer has scored just after.
+        reference: (m, 2 + C) the scorer's rows of these tiles.
+    """
+    width = reference.shape[1]
+    spread, wanted = sample[:, :width].std(0), reference.std(0)
+    scale = np.divide(wanted, spread, out=np.ones_like(wanted), where=spread > 0)
+    moved = (visits[:, :width] - sample[:, :width].mean(0)) * scale + reference.mean(0)
+    return np.hstack([np.maximum(moved, 0), visits[:, width:]]).astype(np.float32)
+
+
+def _smoothed(before: np.ndarray, new: np.ndarray) -> np.ndarray:
+    return np.where(np.isnan(before), new, (1 - SMOOTHING) * before + SMOOTHING * new)
+
+
+def _nullable(values: np.ndarray) -> pa.Array:
+    return pa.array(values, pa.float32(), mask=np.isnan(values))
+
+
+def _lists(rows: np.ndarray) -> pa.Array:
+    unknown = np.isnan(rows).any(1)
+    return pa.array([None if u else r for u, r in zip(unknown, rows, strict=True)], pa.list_(pa.float32()))
