@@ -116,12 +116,18 @@ def probe_write(uri: str | None) -> str:
     name, mine, other = f"doctor-{secrets.token_hex(8)}", secrets.token_bytes(16), secrets.token_bytes(16)
     try:
         run = Storage(uri)
-        new = not run.list() if run.is_local else False
+        new = run.is_local and not Path(run.uri).exists()
+        if not run.create(name, mine):
+            return (
+                f"{uri}: the first put of a new object was refused as if it existed: storage whose reads are not consistent "
+                "cannot hold a run"
+            )
         try:
-            if not run.create(name, mine):
-                return f"{uri}: the first put of a new object was refused as if it existed: storage without consistent reads cannot hold a run"
             if run.create(name, other):
-                return f"{uri}: a second conditional put replaced the first, so two drivers could commit: use storage that honours If-None-Match"
+                return (
+                    f"{uri}: a second conditional put replaced the first, so two drivers could commit: use storage that honours "
+                    "If-None-Match"
+                )
             if run.read(name) != mine:
                 return f"{uri}: other bytes came back than were written"
         finally:
