@@ -2,12 +2,14 @@
 
 import logging
 import os
+import socket
 from typing import Any
 
 import ray
 import ray.data
+import ray.exceptions
 
-from raysed.errors import ResourcesError
+from raysed.errors import ResourcesError, UsageError
 
 OBJECT_STORE = 2 << 30
 """Object store of a Ray started here, bytes."""
@@ -25,7 +27,14 @@ def connect() -> None:
         settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, **own}
         try:
             ray.init(address=address or "local", **settings)
-        except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+        except ray.exceptions.AuthenticationError as error:
+            said = str(error).partition(". ")[0]
+            raise UsageError(f"no token for the Ray cluster ({said}): {_TOKEN}") from error
+        except (ConnectionError, RuntimeError) as error:
+            if address and _listens(address):
+                raise UsageError(
+                    f"something listens at {address} and refuses this process; if it is a Ray cluster, its token is another one: {_TOKEN}"
+                ) from error
             remedy = (
                 "check RAY_ADDRESS"
                 if given
@@ -34,6 +43,21 @@ def connect() -> None:
             said = " ".join(str(error).split())[:200]
             raise ResourcesError(f"no Ray cluster can be reached at {address} ({said}): {remedy}") from error
     quiet_data()
+
+
+_TOKEN = "set RAY_AUTH_MODE=token and give this process the token of the head, in ~/.ray/auth_token or the file RAY_AUTH_TOKEN_PATH"
+
+
+def _listens(address: str) -> bool:
+    """Ray says the same of a cluster that is not there and of one that refuses the token; a TCP connection tells them apart."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return False
+    try:
+        with socket.create_connection((host, int(port)), timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 def _local() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from ray.util import get_node_ip_address
 
 from raysed.cluster import checks, nodes
 from raysed.cluster.checks import Node, Offer, Socket, TokenFile
@@ -311,14 +312,15 @@ def free_port():
 
 
 class Head:
-    """A head of one CPU on loopback with its own ports, folder and token; ended by the ids of its processes."""
+    """A head of one CPU, its dashboard on loopback, with its own ports, folder and token; ended by the ids of its processes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.token = folder / "token"
+        self.token = folder / "secret" / "token"  # Ray opens the folder itself to everybody
+        self.token.parent.mkdir(mode=0o700)
         self.token.write_text("0123456789abcdef" * 4)
         self.token.chmod(0o600)
-        self.address, self.dashboard = f"127.0.0.1:{free_port()}", free_port()
+        self.address, self.dashboard = f"{get_node_ip_address()}:{free_port()}", free_port()
         self.env = os.environ | {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token),
@@ -329,7 +331,6 @@ class Head:
         for name in ("RAY_AUTH_TOKEN", "RAYSED_DATA", "RAYSED_RUN"):
             self.env.pop(name, None)
         flags = [
-            "--node-ip-address=127.0.0.1",
             f"--port={self.address.rpartition(':')[2]}",
             "--dashboard-host=127.0.0.1",
             f"--dashboard-port={self.dashboard}",
@@ -423,16 +424,15 @@ def test_a_head_with_a_token(head, small_store, tmp_path):
 
 
 @pytest.mark.ray
-def test_sockets_of_a_head_on_loopback(head):
+def test_the_dashboard_of_a_head_listens_on_loopback(head):
     owned = {p.pid for p in head.processes()}
-    listening = [
+    listening = {
         (c.laddr.ip, c.laddr.port)
         for c in psutil.net_connections("tcp")
         if c.status == psutil.CONN_LISTEN and c.pid in owned
-    ]
-    ports = {port: ip for ip, port in listening}
-    assert ports[head.dashboard] in ("127.0.0.1", "::ffff:127.0.0.1")
-    assert int(head.address.rpartition(":")[2]) in ports
+    }
+    assert {ip for ip, port in listening if port == head.dashboard} == {"127.0.0.1"}
+    assert int(head.address.rpartition(":")[2]) in {port for _, port in listening}
 
 
 @pytest.mark.ray

@@ -119,5 +119,5 @@ def test_without_the_right_token_nothing_is_submitted_or_reached(cluster, bucket
     done = subprocess.run(
         [sys.executable, *flags], env={**environment(), **keyless}, capture_output=True, text=True, timeout=90, cwd=ROOT, check=False
     )  # fmt: skip
-    assert done.returncode == 7, done.stderr[-2000:]
-    assert "no Ray cluster can be reached" in error_line(done)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "token" in error_line(done)
