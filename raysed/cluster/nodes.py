@@ -23,7 +23,6 @@ from ray._private.authentication.authentication_utils import is_token_auth_enabl
 from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-import raysed
 from raysed.cluster.checks import Node, Offer, Socket, TokenFile
 from raysed.io.storage import Storage
 from raysed.io.store import BadTile, Store, read_tiles
@@ -221,7 +220,7 @@ def _versions() -> dict[str, str]:
         found["raysed"] = version("raysed")
     # the version of a checkout stays the same while its files change
     digest = hashlib.sha256()
-    for path in sorted(Path(str(raysed.__file__)).parent.rglob("*.py")):
+    for path in sorted(Path(__file__).resolve().parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
     return found | {"code": digest.hexdigest()[:8]}
 

@@ -39,16 +39,18 @@ class Storage:
 
     def __init__(self, uri: str) -> None:
         scheme, _, rest = uri.rpartition("://")
+        if scheme not in ("", "file") and (
+            "@" in rest or "?" in rest
+        ):  # first, so that no message repeats them
+            raise UsageError(
+                "a storage URI must hold no credentials or options: set AWS_PROFILE or AWS_ACCESS_KEY_ID and the like"
+            )
         if scheme not in ("", "file", "s3"):
             raise UsageError(f"storage URI {uri!r}: scheme must be file or s3, got {scheme!r}")
         self.is_local = scheme != "s3"
         if self.is_local:
             self.uri = self._root = str(Path(rest).expanduser().absolute())
             return
-        if "@" in rest or "?" in rest:
-            raise UsageError(
-                "an s3 URI must hold no credentials or options: set AWS_PROFILE or AWS_ACCESS_KEY_ID and the like"
-            )
         self._root = rest.strip("/")
         self.uri = f"s3://{self._root}"
         if not re.match(r"[a-z0-9][a-z0-9.-]{2,62}(/|\Z)", self._root):
