@@ -31,7 +31,12 @@ def connect() -> None:
             said = str(error).partition(". ")[0]
             raise UsageError(f"no token for the Ray cluster ({said}): {_TOKEN}") from error
         except (ConnectionError, RuntimeError) as error:
-            if address and _listens(address):
+            if "Version mismatch" in str(error):
+                said = " ".join(str(error).split())[:400]
+                raise ResourcesError(
+                    f"{said}: install the versions of constraints.txt on every node"
+                ) from error
+            if isinstance(error, ConnectionError) and address and _listens(address):
                 raise UsageError(
                     f"something listens at {address} and refuses this process; if it is a Ray cluster, its token is another one: {_TOKEN}"
                 ) from error

@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import ray
+import yaml
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -177,21 +178,22 @@ def offers() -> tuple[list[Offer], int | None]:
         return [Offer(n["NodeManagerAddress"], n["Resources"], 1) for n in alive], None
     head, types = config["head_node_type"], config["available_node_types"]
     found = [Offer(head, types[head]["resources"], 1)]
-    found += [Offer(n, k["resources"], k["max_workers"]) for n, k in types.items() if n != head]
+    found += [
+        Offer(n, k["resources"], k.get("max_workers", config["max_workers"]))
+        for n, k in types.items()
+        if n != head
+    ]
     return found, config["max_workers"] + 1
 
 
 def _autoscaling_config() -> dict[str, Any] | None:
     """The launcher's file of this cluster, if its autoscaler runs on this machine."""
-    import yaml
-    from ray.autoscaler._private.util import prepare_config
-
     gcs = ray.get_runtime_context().gcs_address
     for process in psutil.process_iter(["cmdline"]):
         line = process.info["cmdline"] or []
         given = [a.partition("=")[2] for a in line if a.startswith("--autoscaling-config=")]
         if given and given[0] and any(gcs in a for a in line):
-            return prepare_config(yaml.safe_load(Path(given[0]).expanduser().read_text()))
+            return yaml.safe_load(Path(given[0]).expanduser().read_text())
     return None
 
 

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -303,6 +304,67 @@ def test_a_cluster_that_cannot_be_reached(small_store, tmp_path, monkeypatch):
     assert {k for k, v in lines.items() if v.status == "skip"} == set(doctor.NEEDS_CLUSTER)
     assert all(lines[k].status == "pass" for k in ("storage read", "storage write", "data", "secrets"))
     assert "fail  cluster" in as_text(list(lines.values()))
+
+
+def test_mixed_versions_are_one_line(monkeypatch):
+    """What Ray raises when the driver's versions are not the cluster's."""
+    import ray
+    from ray._private.utils import check_version_info
+
+    from raysed.cluster.connect import connect
+    from raysed.errors import ResourcesError
+
+    def refuse(**_):
+        there = {"ray_version": "2.59.0", "python_version": "3.11.2"}
+        check_version_info(there, "the driver")
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.9.9.9:6379")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(ResourcesError, match=r"2\.59\.0.*install the versions of constraints\.txt"):
+        connect()
+
+
+@pytest.fixture
+def launched(tmp_path, monkeypatch):
+    """A machine with the autoscaler of a launcher's cluster on it, as `offers` sees it."""
+    file = tmp_path / "bootstrap.yaml"
+    text = (ROOT / "cluster.yaml").read_text()
+    file.write_text(text)
+    lines = [
+        ["raylet"],
+        ["python", "monitor.py", "--gcs-address=10.0.0.1:6379", f"--autoscaling-config={file}"],
+    ]
+    found = [SimpleNamespace(info={"cmdline": line}) for line in lines]
+    alive = {"Alive": True, "NodeManagerAddress": "10.0.0.1", "Resources": {"CPU": 2.0}}
+    context = SimpleNamespace(gcs_address="10.0.0.1:6379")
+    monkeypatch.setattr(nodes.psutil, "process_iter", lambda _: iter(found))
+    monkeypatch.setattr(
+        nodes, "ray", SimpleNamespace(nodes=lambda: [alive], get_runtime_context=lambda: context)
+    )
+    return context
+
+
+def test_an_autoscaled_cluster_offers_what_it_may_start(launched):
+    offers, most = nodes.offers()
+    assert {o.name: o.count for o in offers} == {
+        "head": 1,
+        "cpu": 8,
+        "gpu-a10g": 8,
+        "gpu-l4": 8,
+        "gpu-l4-x4": 2,
+    }
+    assert most == 17
+    launched.gcs_address = "10.0.0.2:6379"  # that autoscaler is another cluster's
+    assert nodes.offers() == ([Offer("10.0.0.1", {"CPU": 2.0}, 1)], None)
+
+
+def test_resources_of_pods_are_for_kuberay_to_scale(monkeypatch):
+    from raysed.cluster.doctor import _resource_lines
+
+    monkeypatch.setattr(nodes, "offers", lambda: ([Offer("head", {"CPU": 0.0}, 1)], None))
+    assert _resource_lines(Experiment(), [node(kubernetes=True)], None)[0].status == "skip"
+    assert _resource_lines(Experiment(), [node()], None)[0].status == "fail"
 
 
 def free_port():
