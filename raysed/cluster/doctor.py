@@ -47,7 +47,7 @@ def examine(experiment: Experiment) -> list[Line]:
     stored, store = _storage_lines(experiment, found)
     port, without, with_token = nodes.ask_dashboard()
     return [
-        passed("cluster", f"{len(found)} nodes: {' '.join(n.address for n in found)}"),
+        passed("cluster", f"{len(found)} up: {' '.join(n.address for n in found)}"),
         checks.versions(found),
         *_resource_lines(experiment, found, store),
         *stored,
