@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import ray
+import torch
 
 from raysed.cluster.connect import connect
 from raysed.cluster.cycles import labelled
 from raysed.cluster.launch import arms_of, check_data, check_paths, check_resources, device_of, scorer_count
 from raysed.config import Experiment
-from raysed.core import networks
+from raysed.core import memory, networks
 from raysed.core.acquisition import STRATEGIES
-from raysed.core.cost import Speed, Work, training_bytes
+from raysed.core.cost import Speed, Work
 from raysed.errors import ResourcesError
 from raysed.io.ledger import Ledger, Manifest
 from raysed.io.storage import Storage
@@ -76,11 +77,12 @@ def _say_where(
     )
     net = networks.build(experiment.model.arch, len(dataset.classes), experiment.seed)
     parameters = sum(p.numel() for p in net.parameters())
-    width = 4 if experiment.optim.precision == "fp32" or device == "cpu" else 2
-    memory = training_bytes(net, dataset.tile_size, experiment.optim.micro_batch, width)
+    half = device == "cuda" and experiment.optim.precision != "fp32"
+    dtype = torch.bfloat16 if half else torch.float32
+    need = memory.step_bytes(net, experiment.optim.micro_batch, dataset.tile_size, dtype)
     say(
-        f"network  {experiment.model.arch}, {parameters / 1e6:.1f} million parameters, about {memory / 2**30:.1f} GiB of device "
-        f"memory a worker at micro-batch {experiment.optim.micro_batch}"
+        f"network  {experiment.model.arch}, {parameters / 1e6:.1f} million parameters, about {need / 2**30:.1f} GiB of GPU "
+        f"memory a worker (estimate) at micro-batch {experiment.optim.micro_batch}"
     )
 
 
@@ -132,8 +134,6 @@ def _speed(
 
 def measure(experiment: Experiment, classes: int, side: int, device: str) -> tuple[float, float]:
     """Tiles a second of training steps and of forward passes of one worker, on random tiles in memory."""
-    import torch
-
     from raysed.cluster.cycles import node_cpus
     from raysed.core.step import Learner, MicroBatch, resolve_precision, to_device
 
