@@ -32,6 +32,21 @@ def test_a_run_killed_at_five_points_ends_equal_to_an_undisturbed_one(small_stor
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize(("mode", "point"), [("byproduct", "evaluate@2"), ("overlapped", "train@2")])
+def test_scores_of_every_source_survive_a_kill(small_store, tmp_path, mode, point):
+    """What the next selection needs is in the ledger: by-product visits, and the weights of two cycles ago."""
+    flags = ["--data", small_store, "--cycles", "4", "--select.scores", mode, *FAST]
+    calm, torn = str(tmp_path / "calm"), str(tmp_path / "torn")
+    run("active", *flags, "--run", calm)
+    kill_at(point, "active", *flags, "--run", torn)
+    run("active", *flags, "--run", torn)
+    assert difference(Ledger(Storage(calm)), Ledger(Storage(torn))) == []
+    assert verify(Ledger(Storage(torn)), Store.open(small_store).split("train")) == []
+    scored = [m.record["scores"]["tiles"] for m in Ledger(Storage(torn)).manifests()]
+    assert scored == ([128, 37, 37, 37] if mode == "byproduct" else [128] * 4)  # 24 visited and 13 oldest
+
+
+@pytest.mark.timeout(600)
 def test_two_arms_make_a_summary_and_a_report(small_store, tmp_path):
     out = tmp_path / "run"
     done = run(

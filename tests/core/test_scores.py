@@ -52,7 +52,9 @@ def test_tiles_may_leave_and_join_the_pool():
 
 def test_calibrated_visits_have_the_scorers_mean_and_spread_and_their_own_order():
     reference = RNG.random((40, 5)).astype(np.float32)
-    sample = np.hstack([reference * 3 + 1, visit(40)[:, :4]]).astype(np.float32)  # another scale of the same thing
+    sample = np.hstack([reference * 3 + 1, visit(40)[:, :4]]).astype(
+        np.float32
+    )  # another scale of the same thing
     moved = calibrated(sample, sample, reference)
     assert moved[:, :5] == pytest.approx(reference, abs=1e-5)
     assert np.array_equal(moved[:, 5:], sample[:, 5:])
