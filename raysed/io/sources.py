@@ -8,8 +8,9 @@ without a label it joins the pool of training tiles unlabelled.  Letters: H W pi
 import hashlib
 import io
 import json
+import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -260,15 +261,21 @@ class Raster:
         path: below it.
         size: of the file, bytes; None if it is missing.
         bands: 3 for an image, 1 for a label.
+        limit: pixels of a GeoTIFF.
     """
 
     height: int
     width: int
 
-    def __init__(self, storage: Storage, path: str, size: int | None, bands: int) -> None:
-        self.storage, self.path, self.size, self.bands = storage, path, size, bands
+    def __init__(
+        self, storage: Storage, path: str, size: int | None, bands: int, limit: int = MAX_WINDOWED
+    ) -> None:
+        self.storage, self.path, self.size, self.bands, self.limit = storage, path, size, bands, limit
         self.crs: str | None = None
+        self.wkt: str | None = None
+        """The CRS in full: an EPSG code can be the nearest one only."""
         self.transform: tuple[float, ...] | None = None
+        self.nodata: float | None = None
         self._failures: list[Exception] = []
         self._whole: np.ndarray | None = None
         self._tiff: Any = None
@@ -322,11 +329,12 @@ class Raster:
         stack.enter_context(raster)
         self._storage_held()
         self._tiff, self.height, self.width = raster, raster.height, raster.width
-        self._check(raster.count, set(raster.dtypes), MAX_WINDOWED)
+        self._check(raster.count, set(raster.dtypes), self.limit)
         rows, cols = raster.block_shapes[0]
         if rows * cols > MAX_WHOLE:
             raise self.bad(f"is stored in blocks of {cols} x {rows} pixels, at most {MAX_WHOLE} are read")
-        self.crs = _crs(raster.crs)
+        self.crs, self.nodata = _crs(raster.crs), raster.nodata
+        self.wkt = raster.crs.to_wkt() if raster.crs else None
         if not raster.transform.is_identity:
             self.transform = tuple(raster.transform)[:6]
 
@@ -380,6 +388,25 @@ class Raster:
         self._storage_held()
         return np.ascontiguousarray(found.transpose(1, 2, 0)) if self.bands == 3 else found[0]
 
+    def valid(self, row: int, col: int, height: int, width: int) -> np.ndarray:
+        """(height, width) bool: False where the file says that there is no data.
+
+        Raises:
+            BadSource: the mask cannot be decoded.
+        """
+        from rasterio.enums import MaskFlags
+        from rasterio.errors import RasterioError
+        from rasterio.windows import Window
+
+        if self._tiff is None or all(MaskFlags.all_valid in flags for flags in self._tiff.mask_flag_enums):
+            return np.ones((height, width), bool)
+        try:
+            mask = self._tiff.dataset_mask(window=Window(col, row, width, height))
+        except RasterioError as error:
+            raise self.bad(f"cannot be decoded ({_line(error.__cause__ or error)})") from error
+        self._storage_held()
+        return mask > 0
+
     def bad(self, what: str) -> BadSource:
         """The error that this file gives.
 
@@ -409,6 +436,20 @@ def size(storage: Storage, source: Source) -> tuple[int, int]:
     """
     with Raster(storage, source.image, source.image_bytes, 3).opened(header=True) as image:
         return image.height, image.width
+
+
+def ground_size(crs: str | None, transform: Sequence[float] | None) -> tuple[float, float] | None:
+    """Height and width of a pixel in metres of the CRS; None without a place on earth, or in degrees."""
+    if not crs or transform is None:
+        return None
+    from rasterio.crs import CRS
+
+    parsed = CRS.from_user_input(crs)
+    if not parsed.is_projected:
+        return None
+    unit = parsed.linear_units_factor[1]
+    a, b, _, d, e, _ = transform
+    return math.hypot(b, e) * unit, math.hypot(a, d) * unit
 
 
 def _crs(crs: Any) -> str | None:

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from raysed.errors import StorageError, UsageError
 GAP = 8 << 10
 """Bytes between two wanted ranges up to which one request fetches both."""
 _CONCURRENCY = 16
+_PIECE = 8 << 20
 _ATTEMPTS = 6
 _CONNECT, _REQUEST = 5, 30
 """Seconds until a connection or a request counts as failed."""
@@ -101,6 +103,10 @@ class Storage:
         """Write or replace one object; readers see the old bytes or the new ones, never a part."""
         self._try(path, lambda: self._write(self._full(path), data))
 
+    def upload(self, path: str, file: str) -> None:
+        """`write` of a file of any size on this machine's disk, in pieces; a bucket shows it when the last one has arrived."""
+        self._try(path, lambda: self._upload(self._full(path), file))
+
     def create(self, path: str, data: bytes) -> bool:
         """Write an object that must not exist yet; False if it does.  The one operation that commits.
 
@@ -166,6 +172,22 @@ class Storage:
             return
         with self._arrow.open_output_stream(full) as stream:
             stream.write(data)
+
+    def _upload(self, full: str, file: str) -> None:
+        if self.is_local:
+            name = _temporary(full, b"")
+            try:
+                shutil.copyfile(file, name)
+                _fsync(name)
+                os.replace(name, full)
+            except OSError:
+                Path(name).unlink(missing_ok=True)
+                raise
+            _fsync_directory(full)
+            return
+        with open(file, "rb") as source, self._arrow.open_output_stream(full) as stream:
+            while piece := source.read(_PIECE):
+                stream.write(piece)
 
     def _list(self, full: str) -> dict[str, int]:
         if self.is_local:
@@ -288,7 +310,11 @@ def _link_new(full: str, data: bytes) -> bool:
 
 
 def _fsync_directory(full: str) -> None:
-    handle = os.open(os.path.dirname(full), os.O_RDONLY)
+    _fsync(os.path.dirname(full))
+
+
+def _fsync(path: str) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -157,3 +157,15 @@ def test_no_path_leaves_its_root(path):
 
 def test_a_storage_pickles_as_its_uri():
     assert pickle.loads(pickle.dumps(Storage("s3://bucket/x"))).uri == "s3://bucket/x"
+
+
+def test_an_uploaded_file_replaces_the_old_bytes(tmp_path):
+    storage = Storage(str(tmp_path / "root"))
+    storage.write("deep/map.tif", b"old")
+    (tmp_path / "made").write_bytes(b"new" * 1000)
+    storage.upload("deep/map.tif", str(tmp_path / "made"))
+    assert storage.read("deep/map.tif") == b"new" * 1000
+    with pytest.raises(FileNotFoundError):
+        storage.upload("deep/map.tif", str(tmp_path / "none"))
+    assert storage.list() == {"deep/map.tif": 3000}
+    assert list((tmp_path / "root/deep").iterdir()) == [tmp_path / "root/deep/map.tif"]
