@@ -17,20 +17,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import ray.data
 
-from raysed import errors
 from raysed.cluster.connect import connect
+from raysed.cluster.tasks import check_paths, run_tasks
 from raysed.core import tiles
 from raysed.core.tiles import OPENEARTHMAP
-from raysed.errors import DataError, RaysedError, UsageError
+from raysed.errors import DataError, UsageError
 from raysed.io import codec, sources, store
 from raysed.io.sources import BadSource, Layout, Raster, Source
 from raysed.io.storage import Storage
 from raysed.io.store import BadTile
 
 TILES_A_SHARD = 128
-TASK_CPUS = 0.5
 SCENE_SIDE = 256
 """Side of a synthetic scene, pixels."""
 
@@ -150,7 +148,7 @@ def prepare(
         return result
     connect()
     if not shared_filesystem:
-        _check_paths(root, storage)
+        check_paths(root, storage)
     grids, bad, dropped = _grids(root, layout, settings)
     _check_budget(bad, layout, bad_budget)  # before the work, as far as it is known
     shards = pack(grids)
@@ -249,17 +247,6 @@ def _agree(storage: Storage, root: Storage | None, layout: Layout, settings: Set
         )
 
 
-def _check_paths(*places: Storage | None) -> None:
-    """Every node reads the sources and writes shards, so a path must mean the same on all of them."""
-    nodes = sum(n["Alive"] for n in ray.nodes())
-    for place in places:
-        if nodes > 1 and place is not None and place.is_local:
-            raise UsageError(
-                f"{place.uri} is a local path, but the cluster has {nodes} nodes: give an s3:// URI, or --shared-filesystem if "
-                "all nodes see the same files"
-            )
-
-
 def _grids(
     root: Storage | None, layout: Layout, settings: Settings
 ) -> tuple[list[tuple[Source, int, int]], list[BadTile], int]:
@@ -271,7 +258,7 @@ def _grids(
         sizes = {s.name: (settings.resize, settings.resize) for s in present}
     elif root is not None:
         items = [{"source": json.dumps(asdict(s))} for s in present]
-        rows = list(_run(read_headers, items, 16, {"root": root.uri}))
+        rows = list(run_tasks(read_headers, items, 16, {"root": root.uri}))
         bad += [BadTile(r["name"], r["reason"], r["sha256"]) for r in rows if "reason" in r]
         sizes = {r["name"]: (r["height"], r["width"]) for r in rows if "reason" not in r}
     grids = plan_grids([s for s in present if s.name in sizes], sizes, settings.tile)
@@ -435,39 +422,9 @@ def _resized(image: Raster, label: Raster | None, side: int) -> tuple[np.ndarray
     return whole, tiles.resize_label(label.read(0, 0, label.height, label.width), side, side)
 
 
-def _run(
-    function: Any, items: list[dict[str, Any]], batch: int, arguments: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
-    """Rows of a function mapped over items by Ray Data tasks, in order; an error raised on purpose comes out as itself."""
-    if not items:
-        return
-    source = ray.data.from_items(items, override_num_blocks=-(-len(items) // batch))
-    task: Any = answer  # mypy knows a narrower kind of batch function than Ray takes
-    answers = source.map_batches(
-        task,
-        batch_size=batch,
-        num_cpus=TASK_CPUS,
-        fn_kwargs={"function": function, "arguments": arguments},
-    )
-    for row in answers.iter_rows():
-        found = json.loads(row["answer"])
-        if "error" in found:
-            raise errors.rebuilt(found["error"], found["text"])
-        yield from found["rows"]
-
-
-def answer(batch: dict[str, np.ndarray], function: Any, arguments: dict[str, Any]) -> dict[str, list[str]]:
-    """INPUT: a batch.  OUTPUT: one row, the function's rows or its error: Ray Data loses the cause of what a task raises."""
-    try:
-        found: dict[str, Any] = {"rows": function(batch, **arguments)}
-    except RaysedError as error:
-        found = {"error": type(error).__name__, "text": str(error)}
-    return {"answer": [json.dumps(found)]}
-
-
 def _make(items: list[dict[str, Any]], arguments: dict[str, Any], say: Callable[[str], None]) -> None:
     began, last, made = time.monotonic(), 0.0, 0
-    for shard, row in enumerate(_run(write_parts, items, 1, arguments), start=1):
+    for shard, row in enumerate(run_tasks(write_parts, items, 1, arguments), start=1):
         made += row["tiles"]
         passed = time.monotonic() - began
         if passed - last > 10 or shard == len(items):

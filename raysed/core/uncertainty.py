@@ -1,5 +1,7 @@
 """What a network's output says about a tile.  Letters: B batch, C classes, H W pixels."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,3 +55,25 @@ def visit_scores(log_p: Tensor, target: Tensor) -> Tensor:
     shares = torch.zeros(batch * classes, device=loss.device).index_add_(0, group.flatten(), loss.flatten())
     shares = shares.view(batch, classes) / pixels[:, None]
     return torch.cat([tile_scores(log_p), shares.sum(1, keepdim=True), shares], 1)
+
+
+def map_layers(probabilities: Tensor, codes: Tensor, *, entropy: bool, each: bool) -> Tensor:
+    """What a map says of its pixels, (layers, H, W) uint8.
+
+    Args:
+        probabilities: (C, H, W) float.
+        codes: (C,) uint8 value of each class in the map.
+        entropy: add a layer of the pixel entropy, 0..254 for 0 to ln C nats.
+        each: add C layers of the probabilities, 0..254 for 0 to 1.
+    """
+    layers = [codes[probabilities.argmax(0)][None]]
+    if entropy:
+        nats = -torch.xlogy(probabilities, probabilities).sum(0, keepdim=True)
+        layers.append(_as_bytes(nats / math.log(len(codes))))
+    if each:
+        layers.append(_as_bytes(probabilities))
+    return torch.cat(layers)
+
+
+def _as_bytes(shares: Tensor) -> Tensor:
+    return (shares * 254).round().clamp(0, 254).to(torch.uint8)

@@ -139,6 +139,19 @@ class Storage:
             return os.path.isfile(self._full(path))
         return self._try(path, lambda: self._arrow.get_file_info(self._full(path)).is_file)
 
+    def size(self, path: str) -> int:
+        """Bytes of an object.
+
+        Raises:
+            FileNotFoundError: no such object.
+        """
+        if self.is_local:
+            return os.path.getsize(self._full(path))
+        size = self._try(path, lambda: self._arrow.get_file_info(self._full(path)).size)
+        if size is None:
+            raise FileNotFoundError(path)
+        return size
+
     def remove(self, path: str) -> None:
         """Remove one object; none is no error."""
         full = self._full(path)

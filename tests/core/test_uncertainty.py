@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from raysed.core.tiles import VOID
-from raysed.core.uncertainty import log_probabilities, tile_scores, visit_scores
+from raysed.core.uncertainty import log_probabilities, map_layers, tile_scores, visit_scores
 
 
 def test_entropy_is_zero_when_sure_and_log_c_when_uniform():
@@ -49,3 +49,16 @@ def test_a_visit_tells_the_scores_and_the_cross_entropy_by_class():
         for c in range(4):
             share = pixels[target[i].flatten() == c].sum().item() / max(1, int(known.sum()))
             assert visits[i, 7 + c].item() == pytest.approx(share, rel=1e-5)
+
+
+
+
+def test_map_layers_are_class_entropy_and_probabilities():
+    p = torch.tensor([[1.0, 0.5], [0.0, 0.5]])[:, None]  # (2, 1, 2): sure, and undecided
+    layers = map_layers(p, torch.tensor([7, 9], dtype=torch.uint8), entropy=True, each=True)
+    assert layers[:, 0].tolist() == [[7, 7], [0, 254], [254, 127], [0, 127]]
+    assert map_layers(p, torch.tensor([7, 9], dtype=torch.uint8), entropy=False, each=False).shape == (
+        1,
+        1,
+        2,
+    )

@@ -1,0 +1,436 @@
+"""What actors and tasks do to make maps: plan an image, map a block, put pieces together, compare with labels.
+
+Nothing holds more than a block, so memory does not grow with the image (PNG and JPEG are decoded whole).
+"""
+
+import json
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+import torch
+from torch import Tensor
+
+from raysed.core import metrics, tiles, windows
+from raysed.core.step import DTYPES, resolve_precision
+from raysed.core.uncertainty import map_layers
+from raysed.core.windows import Axis, Block
+from raysed.errors import RaysedError, UsageError
+from raysed.io import maps
+from raysed.io.imagery import Image
+from raysed.io.maps import Piece, Place
+from raysed.io.model import Model, Record
+from raysed.io.sources import BadSource, Raster, ground_size
+from raysed.io.storage import Storage, digest
+
+BLOCK = 1 << 25
+"""Pixels of a block that gives nothing but classes; with more layers it is smaller, so that memory stays the same."""
+BATCH = 8
+"""Windows a forward pass."""
+AHEAD = 2
+"""Batches read while the network works."""
+LARGEST = 1 << 40
+"""Pixels of a GeoTIFF."""
+MOST = 16
+"""Source pixels a model pixel, or the other way round, at most: beyond, the image does not show what was trained on."""
+STRIP = 1 << 24
+"""Pixels of a map that are compared with labels at once."""
+REMEDY = (
+    "give 8-bit RGB: gdal_translate -b 1 -b 2 -b 3 picks bands, -ot Byte -scale makes 8 bits of 16 (scale as "
+    "the training images were)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What determines maps besides model and images."""
+
+    overlap: float = 0.25
+    """Share of a window that its neighbours see too."""
+    entropy: bool = False
+    """Also write the entropy."""
+    probabilities: bool = False
+    """Also write the probabilities of the classes."""
+    block: int = BLOCK
+    """Pixels mapped at once."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.overlap <= 0.75:
+            raise UsageError(f"--overlap must lie in 0..0.75, got {self.overlap}")
+
+    def layers(self, classes: int) -> int:
+        """Layers of a map."""
+        return 1 + self.entropy + classes * self.probabilities
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that actors and tasks need to know besides the weights; what they are called with is one image or block."""
+
+    record: Record
+    settings: Settings
+    target: str
+
+    @property
+    def key(self) -> str:
+        """Hash of model and settings: outputs of others are not touched."""
+        layers = {k: v for k, v in asdict(self.settings).items() if k != "block"}
+        what = {"model": self.record.sha256, "scale": self.record.scale, "metres": self.record.metres}
+        text = json.dumps({**what, **layers}, sort_keys=True)
+        return digest(text.encode())[:12]
+
+    def marker(self, image: Image) -> str:
+        """Path of the file that says whose the outputs of an image are."""
+        return f"made/{self.key}/{image.name}@{image.size}"
+
+    def pieces(self, image: Image) -> str:
+        """Folder of its pieces."""
+        return f"pieces/{self.key}/{image.name}@{image.size}"
+
+    def outputs(self, image: Image) -> list[str]:
+        """Paths of its outputs, the map last."""
+        found = [f"{image.name}.entropy{image.ending}"] * self.settings.entropy
+        found += [f"{image.name}.probabilities.tif"] * self.settings.probabilities
+        return [*found, image.name + image.ending]
+
+
+def open_image(image: Image, bands: int = 3) -> Raster:
+    """The raster of an image, or of a label with one band."""
+    return Raster(Storage(image.root), image.path, image.size, bands, LARGEST)
+
+
+def grid_of(raster: Raster, task: Task) -> tuple[Axis, Axis, str]:
+    """Rows and columns of an image at the scale of training, and what that was taken from: `metres` or `pixels`.
+
+    Raises:
+        BadSource: its pixels are far larger or smaller than those trained on.
+    """
+    record = task.record
+    ground = ground_size(raster.wkt, raster.transform)
+    by_metres = record.metres is not None and ground is not None
+    scale = record.scale
+    if record.metres is not None and ground is not None:
+        scale = (record.metres / ground[0], record.metres / ground[1])
+    if not all(1 / MOST <= f <= MOST for f in scale):
+        found = f"pixels of {ground[0]:.3g} m" if ground else f"{1 / scale[0]:.3g} times the pixels"
+        raise raster.bad(
+            f"has {found}, the model was trained on {record.metres or 1:.3g} m: more than {MOST} times apart"
+        )
+    rows, cols = (
+        windows.axis(size, f, record.tile_size, task.settings.overlap)
+        for size, f in zip((raster.height, raster.width), scale, strict=True)
+    )
+    return rows, cols, "metres" if by_metres else "pixels"
+
+
+def plan_images(batch: dict[str, np.ndarray], task: Task) -> list[dict[str, Any]]:
+    """INPUT: images and their labels.  OUTPUT: name, blocks and what is worth saying, or reason; all from the headers."""
+    block, layers = task.settings.block, task.settings.layers(len(task.record.classes))
+    limit = max(block // 4, 2 * block // (1 + layers))
+    found: list[dict[str, Any]] = []
+    for text in batch["item"]:
+        item = json.loads(text)
+        image = Image(**item["image"])
+        try:
+            with ExitStack() as stack:
+                raster = stack.enter_context(open_image(image).opened(header=True))
+                if item["label"]:
+                    label = open_image(Image(**item["label"]), 1)
+                    stack.enter_context(label.opened(header=True))
+                    if (label.height, label.width) != (raster.height, raster.width):
+                        raise label.bad(
+                            f"has {label.width} x {label.height} pixels, its image {raster.width} x {raster.height}"
+                        )
+                rows, cols, scale = grid_of(raster, task)
+                parts = [
+                    {"block": [b.rows, b.cols], "piece": piece_name(rows, cols, b)}
+                    for b in windows.blocks(rows, cols, limit)
+                ]
+                found.append(
+                    {
+                        "name": image.name,
+                        "blocks": parts,
+                        "scale": scale,
+                        "place": bool(raster.wkt),
+                        "pixels": raster.height * raster.width,
+                    }
+                )
+        except BadSource as error:
+            found.append({"name": image.name, "reason": _reason(error)})
+    return found
+
+
+def _reason(error: BadSource) -> str:
+    remedy = f": {REMEDY}" if "expected 3 of uint8" in str(error) else ""
+    return f"{error}{remedy}"
+
+
+class Mapper:
+    """An actor that maps blocks: builds the network once.
+
+    Args:
+        task: what to make.
+        weights: reference of the state dict of `Network.net` as arrays.
+        device: `cpu` or `cuda`.
+        threads: torch threads.
+    """
+
+    def __init__(self, task: Task, weights: Any, device: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.task, self.device = task, torch.device(device)
+        state = {n: torch.from_numpy(np.array(w)) for n, w in ray.get(weights["reference"]).items()}
+        net = Model(task.record, state).network().to(self.device)
+        self.net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.dtype = DTYPES[resolve_precision("auto", self.device)]
+        self.codes = torch.tensor(
+            [c.source_id for c in task.record.classes], dtype=torch.uint8, device=self.device
+        )
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
+        """INPUT: blocks.  OUTPUT: what became of each, as JSON: {name}, {name, reason}, or {error, text} to raise."""
+        answers = []
+        for text in batch["item"]:
+            item = json.loads(text)
+            image = Image(**item["image"])
+            try:
+                self.make(image, Block(*map(tuple, item["block"])), whole=item["whole"])  # type: ignore[arg-type]
+                answers.append({"name": image.name})
+            except BadSource as error:
+                answers.append({"name": image.name, "reason": str(error)})
+            except RaysedError as error:
+                answers.append({"error": type(error).__name__, "text": str(error)})
+        return {"answer": [json.dumps(a) for a in answers]}
+
+    @torch.inference_mode()
+    def make(self, image: Image, block: Block, *, whole: bool) -> None:
+        """Map a block: into a piece, or into the outputs if it is the whole image.
+
+        Raises:
+            BadSource: it cannot be decoded, or the whole image holds no data.
+        """
+        target = Storage(self.task.target)
+        with open_image(image).opened() as raster:
+            place = Place(raster.height, raster.width, raster.wkt, raster.transform)
+            rows, cols, _ = grid_of(raster, self.task)
+            row, col, layers = self.map(raster, rows, cols, block)
+            if whole and (layers[0] == self.task.record.nodata).all():
+                raise raster.bad(_EMPTY)
+        if whole:
+            write_outputs(self.task, image, place, lambda: [(row, col, layers)])
+        else:
+            path = f"{self.task.pieces(image)}/{piece_name(rows, cols, block)}"
+            target.write(path, maps.pack_piece(layers))
+
+    def map(self, raster: Raster, rows: Axis, cols: Axis, block: Block) -> Piece:
+        """First source row and column of a block, and its layers."""
+        (y, bottom), (x, right) = spans(rows, cols, block)
+        left, _ = cols.owned(*block.cols)
+        record = self.task.record
+        classes, settings = len(record.classes), self.task.settings
+        out = np.empty((settings.layers(classes), bottom - y, right - x), np.uint8)
+        across = cols.nearest(x, right) - left
+        images = read_windows(raster, rows, cols, block)
+        with closing(self.predict(images)) as predicted:
+            for first, blended in windows.stitch(
+                rows, cols, block, predicted, classes=classes, device=self.device
+            ):
+                layers = map_layers(
+                    blended, self.codes, entropy=settings.entropy, each=settings.probabilities
+                )
+                above, below = rows.source_span(first, first + layers.shape[1])
+                down = rows.nearest(above, below) - first
+                found = layers.cpu().numpy()[:, down][:, :, across]
+                void = ~raster.valid(above, x, below - above, right - x)
+                found[0][void] = record.nodata
+                found[1:, void] = maps.UNKNOWN
+                out[:, above - y : below - y] = found
+        return y, x, out
+
+    def predict(self, images: Iterable[np.ndarray | None]) -> Generator[Tensor | None, None, None]:
+        """(C, S, S) probabilities of each window, in order; None where there is nothing to see."""
+        for batch in ahead(_batches(images), AHEAD):
+            seen = [image for image in batch if image is not None]
+            found: Iterator[Tensor] = iter(self.forward(np.stack(seen))) if seen else iter(())
+            yield from (None if image is None else next(found) for image in batch)
+
+    def forward(self, images: np.ndarray) -> Tensor:
+        """(B, S, S, 3) uint8 to (B, C, S, S) float32 probabilities."""
+        x = torch.from_numpy(images).to(self.device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            logits = self.net(x)
+        return logits.float().softmax(1)
+
+
+_EMPTY = "holds no data: every pixel is nodata or masked"
+
+
+def spans(rows: Axis, cols: Axis, block: Block) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Source rows and source columns of a block."""
+    return rows.source_span(*rows.owned(*block.rows)), cols.source_span(*cols.owned(*block.cols))
+
+
+def piece_name(rows: Axis, cols: Axis, block: Block) -> str:
+    """Name of a block's piece: it says where the piece lies, so another cut of the image takes none for its own."""
+    (top, bottom), (left, right) = spans(rows, cols, block)
+    return f"{top}-{left}-{bottom}-{right}"
+
+
+def read_windows(raster: Raster, rows: Axis, cols: Axis, block: Block) -> Iterator[np.ndarray | None]:
+    """(S, S, 3) uint8 windows that touch a block, at the scale of training, row by row; None for one without data.
+
+    The source rows of a row of windows are read once, over all its columns.
+    """
+    side, across = rows.side, {}
+    wanted = windows.windows_of(rows, cols, block)
+    for c in {c for _, c in wanted}:
+        across[c] = cols.resampling(cols.starts[c], min(cols.starts[c] + side, cols.length))
+    left = min(first for first, _ in across.values())
+    right = max(first + weights.shape[1] for first, weights in across.values())
+    same = rows.size == rows.length and cols.size == cols.length
+    last = None
+    for r, c in wanted:
+        if r != last:
+            top, down = rows.resampling(rows.starts[r], min(rows.starts[r] + side, rows.length))
+            pixels = raster.read(top, left, down.shape[1], right - left)
+            valid = raster.valid(top, left, down.shape[1], right - left)
+            last = r
+        first, weights = across[c]
+        cut = slice(first - left, first - left + weights.shape[1])
+        if not valid[:, cut].any():
+            yield None
+            continue
+        image = pixels[:, cut]
+        yield windows.pad(image if same else windows.resample(image, down, weights), side)
+
+
+def _batches(images: Iterable[np.ndarray | None]) -> Iterator[list[np.ndarray | None]]:
+    """Batches of `BATCH` windows with something to see, and those without between them."""
+    batch: list[np.ndarray | None] = []
+    seen = 0
+    for image in images:
+        batch.append(image)
+        seen += image is not None
+        if seen == BATCH or len(batch) == 16 * BATCH:
+            yield batch
+            batch, seen = [], 0
+    if batch:
+        yield batch
+
+
+def ahead(items: Iterable[Any], depth: int) -> Iterator[Any]:
+    """The items, made by a thread up to `depth` before they are asked for; what it raises comes out here."""
+    waiting: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(item: tuple[bool, Any]) -> None:
+        while not stopped.is_set():
+            try:
+                return waiting.put(item, timeout=0.5)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in items:
+                put((True, item))
+                if stopped.is_set():
+                    return
+            put((False, None))
+        except BaseException as error:  # handed to the caller below
+            put((False, error))
+
+    thread = threading.Thread(target=work, daemon=True, name="raysed-ahead")
+    thread.start()
+    try:
+        while True:
+            more, item = waiting.get()
+            if not more:
+                if item is not None:
+                    raise item
+                return
+            yield item
+    finally:
+        stopped.set()
+        thread.join()  # the raster it reads from is closed next
+
+
+def write_outputs(task: Task, image: Image, place: Place, pieces: Callable[[], Iterable[Piece]]) -> None:
+    """All outputs of an image from its pieces, the map last."""
+    target, record, settings = Storage(task.target), task.record, task.settings
+    target.write(task.marker(image), b"\n")
+    *_, path = task.outputs(image)
+    layer = lambda part: ((row, col, piece[part]) for row, col, piece in pieces())  # noqa: E731
+    at = 1
+    if settings.entropy:
+        maps.write_entropy(target, f"{image.name}.entropy{image.ending}", place, layer(slice(1, 2)), record)
+        at = 2
+    if settings.probabilities:
+        maps.write_probabilities(
+            target, f"{image.name}.probabilities.tif", place, layer(slice(at, None)), record
+        )
+    maps.write_map(target, path, place, layer(slice(0, 1)), record)
+
+
+def assemble(task: Task, image: Image) -> dict[str, str]:
+    """INPUT: an image whose pieces are all there.  OUTPUT: its outputs; what became of it, as from `Mapper`."""
+    target, folder = Storage(task.target), task.pieces(image)
+    names = [p.rpartition("/")[2] for p in target.list(folder)]
+
+    def pieces() -> Iterator[Piece]:
+        for name in names:
+            row, col, _, _ = map(int, name.split("-"))
+            yield row, col, maps.unpack_piece(target.read(f"{folder}/{name}"), f"{folder}/{name}")
+
+    try:
+        with open_image(image).opened(header=True) as raster:
+            place = Place(raster.height, raster.width, raster.wkt, raster.transform)
+            if not any((piece[0] != task.record.nodata).any() for _, _, piece in pieces()):
+                raise raster.bad(_EMPTY)
+        write_outputs(task, image, place, pieces)
+        for name in names:
+            target.remove(f"{folder}/{name}")
+        return {"name": image.name}
+    except BadSource as error:
+        return {"name": image.name, "reason": str(error)}
+    except RaysedError as error:
+        return {"error": type(error).__name__, "text": str(error)}
+
+
+def count(batch: dict[str, np.ndarray], task: Task) -> list[dict[str, Any]]:
+    """INPUT: images with maps and labels.  OUTPUT: confusion counts, or name and reason."""
+    record, classes = task.record, len(task.record.classes)
+    found: list[dict[str, Any]] = []
+    of_label = tiles.label_lookup(record.classes, record.ignore)
+    of_map = tiles.label_lookup(record.classes, (record.nodata,))
+    for text in batch["item"]:
+        item = json.loads(text)
+        image, target = Image(**item["image"]), Storage(task.target)
+        path = task.outputs(image)[-1]
+        counts = torch.zeros(classes, classes, dtype=torch.int64)
+        try:
+            with (
+                open_image(Image(**item["label"]), 1).opened() as label,
+                Raster(target, path, target.size(path), 1, LARGEST).opened() as made,
+            ):
+                height = max(1, STRIP // made.width)
+                for top in range(0, made.height, height):
+                    window = (top, 0, min(height, made.height - top), made.width)
+                    truth = of_label[label.read(*window)]
+                    if truth.min() < 0:
+                        code = int(label.read(*window)[truth < 0].min())
+                        legal = np.flatnonzero(of_label >= 0).tolist()
+                        raise label.bad(f"holds label code {code}, the model knows {legal}")
+                    target_of = torch.from_numpy(tiles.target_of(truth.astype(np.uint8)))
+                    said = tiles.target_of(of_map[made.read(*window)].astype(np.uint8))
+                    target_of[torch.from_numpy(said == tiles.VOID)] = tiles.VOID
+                    counts += metrics.confusion(torch.from_numpy(said), target_of, classes)
+            found.append({"counts": counts.tolist()})
+        except BadSource as error:
+            found.append({"name": image.name, "reason": str(error)})
+    return found

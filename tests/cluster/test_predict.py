@@ -1,0 +1,335 @@
+"""Images to maps: place and size kept, valid Cloud Optimized GeoTIFFs, no seams, kills, bad files, scores."""
+
+import json
+import runpy
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+from PIL import Image as Pillow
+from rasterio.transform import Affine
+
+from raysed import cli
+from raysed.cluster.mapper import Mapper, Settings, Task, ahead
+from raysed.cluster.predict import predict
+from raysed.core.metrics import confusion, scores
+from raysed.core.networks import build
+from raysed.core.tiles import LandClass, target_of
+from raysed.core.windows import Block, axis, seam_score
+from raysed.errors import DataError, UsageError
+from raysed.io import checkpoint, model
+from raysed.io.imagery import find_images, find_labels
+from raysed.io.storage import Storage, digest
+
+ROOT = Path(__file__).resolve().parents[2]
+CLASSES = (
+    LandClass("land", "#8429F6", 1),
+    LandClass("building", "#3C1098", 2),
+    LandClass("road", "#6EC1E4", 3),
+    LandClass("vegetation", "#FEDD3A", 4),
+    LandClass("water", "#E2A929", 5),
+)
+SIDE, ARCH = 64, "unet:tu-test_resnet"
+PLACE = {"crs": "EPSG:32640", "transform": Affine(0.5, 0.1, 325000.25, 0.1, -0.5, 2785000.5)}
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def small_model(**changes) -> model.Model:
+    net = build(ARCH, len(CLASSES), seed=3)
+    weights = {n: t.clone() for n, t in net.net.state_dict().items()}
+    weights["segmentation_head.0.weight"] *= 30  # untrained, but not undecided
+    record = model.Record(
+        arch=ARCH,
+        classes=CLASSES,
+        ignore=(0,),
+        tile_size=SIDE,
+        scale=(1.0, 1.0),
+        metres=None,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        sha256=digest(checkpoint.pack(weights)),
+        dataset="dubai",
+        dataset_hash="0" * 64,
+        cycle=0,
+        metrics={"miou": 0.1, "iou": {}},
+        experiment={"seed": 0, "select": {"strategy": "uniform"}},
+    )
+    return model.Model(replace(record, **changes), weights)
+
+
+def pixels(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """A smooth random picture."""
+    rng = np.random.default_rng(seed)
+    coarse = Pillow.fromarray(rng.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), np.uint8))
+    return np.asarray(coarse.resize((width, height), Pillow.Resampling.BICUBIC))
+
+
+def write_tiff(path: Path, array: np.ndarray, **keys) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    bands = array.transpose(2, 0, 1) if array.ndim == 3 else array[None]
+    shape = {"count": len(bands), "height": bands.shape[1], "width": bands.shape[2], "dtype": bands.dtype}
+    with rasterio.open(path, "w", driver="GTiff", **shape, **keys) as file:
+        file.write(bands)
+
+
+def run(folder: Path, target: Path, net: model.Model | None = None, *, labels: Path | None = None, **flags) -> dict:
+    net = net or small_model()
+    images = find_images(str(folder))
+    found = find_labels(str(labels), images, net.record.classes) if labels else None
+    options = {k: flags.pop(k) for k in ("overwrite", "workers") if k in flags}
+    say = flags.pop("say", quiet)
+    return predict(net, images, str(target), Settings(**flags), labels=found, say=say, **options)
+
+
+def check_cog(path: Path) -> None:
+    try:
+        from rio_cogeo.cogeo import cog_validate
+    except ImportError:
+        with rasterio.open(path) as file:
+            assert file.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG"
+        return
+    valid, faults, _ = cog_validate(str(path), strict=True)
+    assert valid, faults
+
+
+def direct(net: model.Model, image: np.ndarray) -> np.ndarray:
+    """(H, W) class ids of an image of whole tiles, tile by tile."""
+    network, out = net.network(), np.zeros(image.shape[:2], np.uint8)
+    for y in range(0, image.shape[0], SIDE):
+        for x in range(0, image.shape[1], SIDE):
+            tile = torch.from_numpy(image[y : y + SIDE, x : x + SIDE].copy()).permute(2, 0, 1)[None] / 255
+            with torch.inference_mode():
+                out[y : y + SIDE, x : x + SIDE] = network(tile)[0].argmax(0).numpy() + 1
+    return out
+
+
+@pytest.mark.ray
+def test_a_geotiff_becomes_a_cloud_optimized_one_at_the_same_place(ray_session, tmp_path):
+    image = pixels(300, 610)
+    image[:40] = 0
+    write_tiff(tmp_path / "in/a/town_1.tif", image, nodata=0, **PLACE)
+    write_tiff(tmp_path / "in/town_2.tif", pixels(30, 700))
+    Pillow.fromarray(pixels(150, 200)).save(tmp_path / "in/town_3.jpg")
+    said: list[str] = []
+    flags = {"entropy": True, "probabilities": True}
+    result = run(tmp_path / "in", tmp_path / "one", say=said.append, **flags)
+    assert (result["maps"], result["bad"]) == (3, {})
+    assert any("2 images have no CRS (town_2)" in line for line in said)
+    with rasterio.open(tmp_path / "one/a/town_1.tif") as made:
+        assert made.crs == rasterio.crs.CRS.from_string(PLACE["crs"])
+        assert made.transform == PLACE["transform"]
+        assert (made.height, made.width, made.nodata) == (300, 610, 0)
+        assert made.colormap(1)[2] == (0x3C, 0x10, 0x98, 255)
+        assert json.loads(made.tags()["CLASSES"])["5"] == "water"
+        classes = made.read(1)
+    assert (classes[:40] == 0).all()
+    assert set(np.unique(classes[40:])) <= {1, 2, 3, 4, 5}
+    assert len(np.unique(classes[40:])) > 1
+    with rasterio.open(tmp_path / "one/a/town_1.probabilities.tif") as made:
+        assert made.descriptions == tuple(c.name for c in CLASSES)
+        shares = made.read()
+        assert (shares[:, :40] == made.nodata).all()
+        assert np.abs(shares[:, 40:].astype(int).sum(0) - 254).max() <= 3
+        best = shares[:, 40:].max(0)  # where rounding leaves a single best class, it is the map's
+        alone = (shares[:, 40:] == best).sum(0) == 1
+        assert (shares[:, 40:].argmax(0) + 1 == classes[40:])[alone].all()
+    with rasterio.open(tmp_path / "one/a/town_1.entropy.tif") as made:
+        assert made.scales[0] * 254 == pytest.approx(np.log(5))
+    for path in (tmp_path / "one").rglob("*.tif"):
+        check_cog(path)
+    with Pillow.open(tmp_path / "one/town_3.png") as made:
+        assert (made.mode, made.size) == ("P", (200, 150))
+        assert json.loads(made.text["CLASSES"])["1"] == "land"
+    pieces = run(tmp_path / "in", tmp_path / "many", block=20_000, **flags)
+    assert pieces["maps"] == 3
+    assert not (tmp_path / "many/pieces").exists() or not any((tmp_path / "many/pieces").rglob("*-*"))
+    for path in (p for p in (tmp_path / "one").rglob("*") if p.suffix in (".tif", ".png")):
+        with rasterio.open(path) as a, rasterio.open(tmp_path / "many" / path.relative_to(tmp_path / "one")) as b:
+            differs = np.abs(a.read().astype(int) - b.read())
+            assert (differs > 1).mean() < 1e-3  # sums in another order
+
+
+@pytest.mark.ray
+def test_maps_without_overlap_are_those_of_the_tiles_and_so_are_the_scores(ray_session, tmp_path):
+    net, counts = small_model(), np.zeros((5, 5), np.int64)
+    for i in range(2):
+        image = pixels(128, 192, seed=i)
+        label = np.random.default_rng(i).integers(0, 6, (128, 192)).astype(np.uint8)
+        write_tiff(tmp_path / f"in/images/town_{i}.tif", image)
+        (tmp_path / "in/labels").mkdir(exist_ok=True)
+        Pillow.fromarray(label).save(tmp_path / f"in/labels/town_{i}.png")
+        expected = direct(net, image)
+        counts += confusion(
+            torch.from_numpy(expected - 1)[None], torch.from_numpy(target_of(label))[None], 5
+        ).numpy()
+    result = run(tmp_path / "in", tmp_path / "out", net, labels=tmp_path / "in/labels", overlap=0.0)
+    with rasterio.open(tmp_path / "out/town_1.tif") as made:
+        assert np.array_equal(made.read(1), expected)
+    found = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert found == result["metrics"]
+    assert found == {"images": 2, **scores(counts, [c.name for c in CLASSES]), "counts": counts.tolist()}
+
+
+@pytest.mark.ray
+def test_what_was_interrupted_is_finished_and_what_is_finished_is_left(ray_session, tmp_path, monkeypatch):
+    for i in range(3):
+        write_tiff(tmp_path / f"in/town_{i}.tif", pixels(200, 300, seed=i), **PLACE)
+    calm = run(tmp_path / "in", tmp_path / "calm", block=15_000)
+    assert calm["maps"] == 3
+    import raysed.cluster.predict as module
+
+    answers = module._answers
+
+    def torn(*args):
+        for number, answer in enumerate(answers(*args)):
+            if number == 8:
+                raise KeyboardInterrupt
+            yield answer
+
+    monkeypatch.setattr(module, "_answers", torn)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "in", tmp_path / "torn", block=15_000)
+    monkeypatch.setattr(module, "_answers", answers)
+    for name in [p.name for p in (tmp_path / "torn").glob("*.tif")]:  # whatever is visible is whole
+        assert (tmp_path / "torn" / name).read_bytes() == (tmp_path / "calm" / name).read_bytes()
+    held = len([p for p in (tmp_path / "torn/pieces").rglob("*") if p.is_file()])
+    assert held
+    said: list[str] = []
+    run(tmp_path / "in", tmp_path / "torn", block=15_000, say=said.append)
+    assert any(f"{held} are there already" in line for line in said)
+    for i in range(3):
+        name = f"town_{i}.tif"
+        assert (tmp_path / "torn" / name).read_bytes() == (tmp_path / "calm" / name).read_bytes()
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "torn").glob("*.tif")}
+    again = run(tmp_path / "in", tmp_path / "torn", block=15_000)
+    assert (again["maps"], again["there before"]) == (0, 3)
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "torn").glob("*.tif")}
+
+
+def test_outputs_of_others_are_refused_before_anything_starts(tmp_path):
+    write_tiff(tmp_path / "in/town_1.tif", pixels(70, 70))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/town_1.tif").write_bytes(b"of somebody else")
+    with pytest.raises(UsageError, match=r"town_1.tif exists and was not made from this image .* --overwrite"):
+        run(tmp_path / "in", tmp_path / "out")
+    assert (tmp_path / "out/town_1.tif").read_bytes() == b"of somebody else"
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="would replace an image"):
+            run(tmp_path / "in", tmp_path / "in", overwrite=overwrite)
+
+
+def _bad_folder(root: Path) -> dict[str, str]:
+    """One image of each kind that gives no map; name -> what must be said of it."""
+    write_tiff(root / "one.tif", pixels(80, 80)[..., 0])
+    write_tiff(root / "four.tif", np.concatenate([pixels(80, 80), pixels(80, 80)[..., :1]], 2))
+    write_tiff(root / "deep.tif", pixels(80, 80).astype(np.uint16) * 100)
+    write_tiff(root / "void.tif", np.full((80, 80, 3), 9, np.uint8), nodata=9)
+    write_tiff(root / "torn.tif", pixels(300, 300), tiled=True, blockxsize=64, blockysize=64)
+    data = (root / "torn.tif").read_bytes()
+    (root / "torn.tif").write_bytes(data[: len(data) // 2])
+    (root / "fake.tif").write_text('<VRTDataset rasterXSize="9" rasterYSize="9"></VRTDataset>')
+    write_tiff(root / "far.tif", pixels(80, 80), crs="EPSG:32640", transform=Affine(30, 0, 0, 0, -30, 0))
+    return {
+        "one": "has 1 bands of uint8, expected 3 of uint8: give 8-bit RGB",
+        "four": "has 4 bands of uint8, expected 3 of uint8: give 8-bit RGB",
+        "deep": "has 3 bands of uint16, expected 3 of uint8: give 8-bit RGB",
+        "void": "holds no data",
+        "torn": "cannot be decoded",
+        "fake": "is no readable GeoTIFF (it is text",
+        "far": "has pixels of 30 m, the model was trained on 0.5 m",
+    }
+
+
+@pytest.mark.ray
+def test_every_kind_of_bad_image_is_named_and_the_others_are_mapped(ray_session, tmp_path, monkeypatch, capsys):
+    expected = _bad_folder(tmp_path / "in")
+    write_tiff(tmp_path / "in/good.tif", pixels(80, 80))
+    target, net = tmp_path / "out", small_model(metres=0.5)
+    model.save(net, str(tmp_path / "model"), "", overwrite=False)
+    job = runpy.run_path(str(ROOT / "jobs/predict.py"))["job"]
+    flags = [str(tmp_path / "model"), "--source", str(tmp_path / "in"), "--target", str(target), "--json"]
+    monkeypatch.setattr(sys, "argv", ["predict.py", *flags])
+    with pytest.raises(SystemExit) as ended:
+        cli.main(job)
+    out, err = capsys.readouterr()
+    assert ended.value.code == 4
+    assert "7 of 8 images cannot be used, the first is deep: deep.tif has 3 bands of uint16" in err
+    result = json.loads(out)
+    assert result["bad"].keys() == expected.keys()
+    for name, reason in result["bad"].items():
+        assert expected[name] in reason
+        assert "\n" not in reason
+    assert sorted(p.name for p in target.glob("*.tif")) == ["good.tif"]
+
+
+def test_bad_arguments_are_told_before_anything_starts(tmp_path):
+    write_tiff(tmp_path / "in/town_1.tif", pixels(80, 80))
+    (tmp_path / "vrt").mkdir()
+    (tmp_path / "vrt/all.vrt").write_text("<VRTDataset/>")
+    for given in ("vrt", "vrt/all.vrt", "vrt/*.vrt"):
+        with pytest.raises(UsageError, match="is a VRT, which may name any file or address"):
+            find_images(str(tmp_path / given))
+    with pytest.raises(UsageError, match="is a VRT"):
+        find_images("s3://bucket/scenes/all.vrt")
+    for given in ("none", "none.tif", "in/*.png", "none.txt"):
+        with pytest.raises(UsageError, match=r"does not exist|holds no image"):
+            find_images(str(tmp_path / given))
+    (tmp_path / "in/labels").mkdir()
+    Pillow.fromarray(np.zeros((80, 80), np.uint8)).save(tmp_path / "in/labels/town_1.png")
+    (tmp_path / "in/classes.json").write_text(json.dumps({"classes": [{"id": 1, "name": "sea"}]}))
+    images = find_images(str(tmp_path / "in"))
+    assert [i.name for i in images] == ["town_1"]
+    with pytest.raises(UsageError, match="the labels have other classes than the model: .* says 1 sea, the model knows 1 land"):
+        find_labels(str(tmp_path / "in/labels"), images, CLASSES)
+    with pytest.raises(UsageError, match=r"--overlap must lie in 0..0.75, got 1"):
+        Settings(overlap=1)
+
+
+def test_a_glob_and_a_list_name_images(tmp_path):
+    for path in ("a/x_1.tif", "a/b/x_2.tif", "a/b/y.png", "a/notes.md"):
+        (tmp_path / "in" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / path).write_bytes(b"12345")
+    names = lambda given: [i.name for i in find_images(str(tmp_path / "in" / given))]  # noqa: E731
+    assert names("**/x_*.tif") == ["a/b/x_2", "a/x_1"]
+    assert names("a/*.tif") == ["x_1"]
+    assert names("a/*/?.png") == ["b/y"]
+    assert names("a") == ["b/x_2", "b/y", "x_1"]
+    (tmp_path / "in/list.txt").write_text(f"a/x_1.tif\n\n{tmp_path}/in/a/b/y.png\n")
+    assert names("list.txt") == ["x_1", "y"]
+    assert find_images(str(tmp_path / "in/a/x_1.tif"))[0].size == 5
+    (tmp_path / "in/list.txt").write_text("a/x_1.tif\na/b/../x_1.tif\n")
+    with pytest.raises(UsageError, match="would give the same map"):
+        names("list.txt")
+
+
+def mapped(net: model.Model, folder: Path, **settings) -> tuple[np.ndarray, ...]:
+    """Layers of one image, by the actor's own code without Ray."""
+    import ray
+
+    actor = Mapper.__new__(Mapper)
+    actor.task, actor.device = Task(net.record, Settings(**settings), str(folder)), torch.device("cpu")
+    actor.net, actor.dtype = net.network(), None
+    actor.codes = torch.tensor([c.source_id for c in net.record.classes], dtype=torch.uint8)
+    assert ray is not None
+    return actor
+
+
+def test_ahead_gives_all_and_raises_what_the_thread_raised():
+    def items():
+        yield from range(5)
+        raise DataError("gone")
+
+    found = ahead(items(), 2)
+    assert [next(found) for _ in range(5)] == list(range(5))
+    with pytest.raises(DataError, match="gone"):
+        next(found)
+    endless = ahead(iter(int, 1), 2)
+    assert next(endless) == 0
+    endless.close()  # ends the thread
