@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import ray
-import ray.data
 import torch
 from torch import Tensor
 
@@ -21,7 +19,7 @@ from raysed.core import metrics, tiles, windows
 from raysed.core.step import DTYPES, resolve_precision
 from raysed.core.uncertainty import map_layers
 from raysed.core.windows import Axis, Block
-from raysed.errors import RaysedError, UsageError
+from raysed.errors import DataError, UsageError
 from raysed.io import maps
 from raysed.io.imagery import Image
 from raysed.io.maps import Piece, Place
@@ -105,8 +103,8 @@ def open_image(image: Image, bands: int = 3) -> Raster:
     return Raster(Storage(image.root), image.path, image.size, bands, LARGEST)
 
 
-def grid_of(raster: Raster, task: Task) -> tuple[Axis, Axis, str]:
-    """Rows and columns of an image at the scale of training, and what that was taken from: `metres` or `pixels`.
+def grid_of(raster: Raster, task: Task) -> tuple[Axis, Axis, bool]:
+    """Rows and columns of an image at the scale of training, and whether that was known in metres.
 
     Raises:
         BadSource: its pixels are far larger or smaller than those trained on.
@@ -126,86 +124,74 @@ def grid_of(raster: Raster, task: Task) -> tuple[Axis, Axis, str]:
         windows.axis(size, f, record.tile_size, task.settings.overlap)
         for size, f in zip((raster.height, raster.width), scale, strict=True)
     )
-    return rows, cols, "metres" if by_metres else "pixels"
+    return rows, cols, by_metres
 
 
-def plan_images(batch: dict[str, np.ndarray], task: Task) -> list[dict[str, Any]]:
-    """INPUT: images and their labels.  OUTPUT: name, blocks and what is worth saying, or reason; all from the headers."""
+@dataclass(frozen=True)
+class Plan:
+    """What there is to do for one image."""
+
+    image: Image
+    label: Image | None
+    blocks: tuple[Block, ...]
+    pieces: tuple[str, ...]
+    """Names of the blocks' pieces."""
+    pixels: int
+    has_crs: bool
+    by_metres: bool
+    """Its scale was taken in metres a pixel, not in source pixels."""
+
+
+def plan_image(image: Image, label: Image | None, task: Task) -> Plan:
+    """The plan of an image, from its header and that of its label.
+
+    Raises:
+        BadSource: one of them cannot be used.
+    """
     block, layers = task.settings.block, task.settings.layers(len(task.record.classes))
-    limit = max(block // 4, 2 * block // (1 + layers))
-    found: list[dict[str, Any]] = []
-    for text in batch["item"]:
-        item = json.loads(text)
-        image = Image(**item["image"])
-        try:
-            with ExitStack() as stack:
-                raster = stack.enter_context(open_image(image).opened(header=True))
-                if item["label"]:
-                    label = open_image(Image(**item["label"]), 1)
-                    stack.enter_context(label.opened(header=True))
-                    if (label.height, label.width) != (raster.height, raster.width):
-                        raise label.bad(
-                            f"has {label.width} x {label.height} pixels, its image {raster.width} x {raster.height}"
-                        )
-                rows, cols, scale = grid_of(raster, task)
-                parts = [
-                    {"block": [b.rows, b.cols], "piece": piece_name(rows, cols, b)}
-                    for b in windows.blocks(rows, cols, limit)
-                ]
-                found.append(
-                    {
-                        "name": image.name,
-                        "blocks": parts,
-                        "scale": scale,
-                        "place": bool(raster.wkt),
-                        "pixels": raster.height * raster.width,
-                    }
+    with ExitStack() as stack:
+        raster = stack.enter_context(open_image(image).opened(header=True))
+        if label:
+            truth = stack.enter_context(open_image(label, 1).opened(header=True))
+            if (truth.height, truth.width) != (raster.height, raster.width):
+                raise truth.bad(
+                    f"has {truth.width} x {truth.height} pixels, its image {raster.width} x {raster.height}"
                 )
-        except BadSource as error:
-            found.append({"name": image.name, "reason": _reason(error)})
-    return found
+        rows, cols, by_metres = grid_of(raster, task)
+        blocks = windows.blocks(rows, cols, max(block // 4, 2 * block // (1 + layers)))
+        return Plan(
+            image,
+            label,
+            tuple(blocks),
+            tuple(piece_name(rows, cols, b) for b in blocks),
+            raster.height * raster.width,
+            raster.wkt is not None,
+            by_metres,
+        )
 
 
-def _reason(error: BadSource) -> str:
+def reason_of(error: BadSource) -> str:
+    """Why an image gives no map, with what to do where that is known."""
     remedy = f": {REMEDY}" if "expected 3 of uint8" in str(error) else ""
     return f"{error}{remedy}"
 
 
-class Mapper:
-    """An actor that maps blocks: builds the network once.
+class BlockMapper:
+    """Maps blocks with one network.
 
     Args:
         task: what to make.
-        weights: reference of the state dict of `Network.net` as arrays.
+        weights: state dict of `Network.net`.
         device: `cpu` or `cuda`.
-        threads: torch threads.
     """
 
-    def __init__(self, task: Task, weights: Any, device: str, threads: int) -> None:
-        torch.set_num_threads(threads)
+    def __init__(self, task: Task, weights: dict[str, Tensor], device: str) -> None:
         self.task, self.device = task, torch.device(device)
-        state = {n: torch.from_numpy(np.array(w)) for n, w in ray.get(weights["reference"]).items()}
-        net = Model(task.record, state).network().to(self.device)
+        net = Model(task.record, weights).network().to(self.device)
         self.net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.dtype = DTYPES[resolve_precision("auto", self.device)]
-        self.codes = torch.tensor(
-            [c.source_id for c in task.record.classes], dtype=torch.uint8, device=self.device
-        )
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        """INPUT: blocks.  OUTPUT: what became of each, as JSON: {name}, {name, reason}, or {error, text} to raise."""
-        answers = []
-        for text in batch["item"]:
-            item = json.loads(text)
-            image = Image(**item["image"])
-            try:
-                self.make(image, Block(*map(tuple, item["block"])), whole=item["whole"])  # type: ignore[arg-type]
-                answers.append({"name": image.name})
-            except BadSource as error:
-                answers.append({"name": image.name, "reason": str(error)})
-            except RaysedError as error:
-                answers.append({"error": type(error).__name__, "text": str(error)})
-        return {"answer": [json.dumps(a) for a in answers]}
+        codes = [c.source_id for c in task.record.classes]
+        self.codes = torch.tensor(codes, dtype=torch.uint8, device=self.device)
 
     @torch.inference_mode()
     def make(self, image: Image, block: Block, *, whole: bool) -> None:
@@ -377,60 +363,60 @@ def write_outputs(task: Task, image: Image, place: Place, pieces: Callable[[], I
     maps.write_map(target, path, place, layer(slice(0, 1)), record)
 
 
-def assemble(task: Task, image: Image) -> dict[str, str]:
-    """INPUT: an image whose pieces are all there.  OUTPUT: its outputs; what became of it, as from `Mapper`."""
+def assemble(task: Task, image: Image, names: tuple[str, ...]) -> None:
+    """Put the pieces of an image together, and remove them.
+
+    Raises:
+        BadSource: the whole image holds no data.
+        DataError: a piece is gone.
+    """
     target, folder = Storage(task.target), task.pieces(image)
-    names = [p.rpartition("/")[2] for p in target.list(folder)]
 
     def pieces() -> Iterator[Piece]:
         for name in names:
             row, col, _, _ = map(int, name.split("-"))
-            yield row, col, maps.unpack_piece(target.read(f"{folder}/{name}"), f"{folder}/{name}")
+            try:
+                data = target.read(f"{folder}/{name}")
+            except FileNotFoundError as error:
+                raise DataError(
+                    f"{target.uri}/{folder}/{name} is gone: is another job making the same maps?  Run this one again"
+                ) from error
+            yield row, col, maps.unpack_piece(data, f"{target.uri}/{folder}/{name}")
 
-    try:
-        with open_image(image).opened(header=True) as raster:
-            place = Place(raster.height, raster.width, raster.wkt, raster.transform)
-            if not any((piece[0] != task.record.nodata).any() for _, _, piece in pieces()):
-                raise raster.bad(_EMPTY)
-        write_outputs(task, image, place, pieces)
-        for name in names:
-            target.remove(f"{folder}/{name}")
-        return {"name": image.name}
-    except BadSource as error:
-        return {"name": image.name, "reason": str(error)}
-    except RaysedError as error:
-        return {"error": type(error).__name__, "text": str(error)}
+    with open_image(image).opened(header=True) as raster:
+        place = Place(raster.height, raster.width, raster.wkt, raster.transform)
+        if not any((piece[0] != task.record.nodata).any() for _, _, piece in pieces()):
+            raise raster.bad(_EMPTY)
+    write_outputs(task, image, place, pieces)
+    for name in names:
+        target.remove(f"{folder}/{name}")
 
 
-def count(batch: dict[str, np.ndarray], task: Task) -> list[dict[str, Any]]:
-    """INPUT: images with maps and labels.  OUTPUT: confusion counts, or name and reason."""
-    record, classes = task.record, len(task.record.classes)
-    found: list[dict[str, Any]] = []
+def count(task: Task, image: Image, label: Image) -> np.ndarray:
+    """(C, C) confusion counts of a finished map and its label; pixels without a class in either are left out.
+
+    Raises:
+        BadSource: the label cannot be used.
+    """
+    record, target, classes = task.record, Storage(task.target), len(task.record.classes)
     of_label = tiles.label_lookup(record.classes, record.ignore)
     of_map = tiles.label_lookup(record.classes, (record.nodata,))
-    for text in batch["item"]:
-        item = json.loads(text)
-        image, target = Image(**item["image"]), Storage(task.target)
-        path = task.outputs(image)[-1]
-        counts = torch.zeros(classes, classes, dtype=torch.int64)
-        try:
-            with (
-                open_image(Image(**item["label"]), 1).opened() as label,
-                Raster(target, path, target.size(path), 1, LARGEST).opened() as made,
-            ):
-                height = max(1, STRIP // made.width)
-                for top in range(0, made.height, height):
-                    window = (top, 0, min(height, made.height - top), made.width)
-                    truth = of_label[label.read(*window)]
-                    if truth.min() < 0:
-                        code = int(label.read(*window)[truth < 0].min())
-                        legal = np.flatnonzero(of_label >= 0).tolist()
-                        raise label.bad(f"holds label code {code}, the model knows {legal}")
-                    target_of = torch.from_numpy(tiles.target_of(truth.astype(np.uint8)))
-                    said = tiles.target_of(of_map[made.read(*window)].astype(np.uint8))
-                    target_of[torch.from_numpy(said == tiles.VOID)] = tiles.VOID
-                    counts += metrics.confusion(torch.from_numpy(said), target_of, classes)
-            found.append({"counts": counts.tolist()})
-        except BadSource as error:
-            found.append({"name": image.name, "reason": str(error)})
-    return found
+    path = task.outputs(image)[-1]
+    counts = torch.zeros(classes, classes, dtype=torch.int64)
+    with (
+        open_image(label, 1).opened() as truth,
+        Raster(target, path, target.size(path), 1, LARGEST).opened() as made,
+    ):
+        height = max(1, STRIP // made.width)
+        for top in range(0, made.height, height):
+            window = (top, 0, min(height, made.height - top), made.width)
+            codes = truth.read(*window)
+            known = of_label[codes]
+            if known.min() < 0:
+                legal = np.flatnonzero(of_label >= 0).tolist()
+                raise truth.bad(f"holds label code {codes[known < 0].min()}, the model knows {legal}")
+            wanted = tiles.target_of(known.astype(np.uint8))
+            said = tiles.target_of(of_map[made.read(*window)].astype(np.uint8))
+            wanted[said == tiles.VOID] = tiles.VOID
+            counts += metrics.confusion(torch.from_numpy(said), torch.from_numpy(wanted), classes)
+    return counts.numpy()

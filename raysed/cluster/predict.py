@@ -13,25 +13,123 @@ last is there.  OUTPUT: a target folder of maps.  What is in it:
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import ray
 import ray.data
+import torch
 
 from raysed import errors
 from raysed.cluster.connect import connect
-from raysed.cluster.mapper import Mapper, Settings, Task, assemble, count, plan_images
-from raysed.cluster.tasks import TASK_CPUS, check_paths, run_tasks
+from raysed.cluster.mapper import (
+    BlockMapper,
+    Plan,
+    Settings,
+    Task,
+    assemble,
+    count,
+    plan_image,
+    reason_of,
+)
+from raysed.cluster.tasks import TASK_CPUS, check_paths
 from raysed.core import metrics
-from raysed.errors import DataError, ResourcesError, UsageError
+from raysed.core.windows import Block
+from raysed.errors import RaysedError, ResourcesError, UsageError
 from raysed.io.imagery import Image
 from raysed.io.model import Model
+from raysed.io.sources import BadSource
 from raysed.io.storage import Storage
 
+HEADERS = 16
+"""Headers read at once."""
 ACTOR_CPUS = 0.9
 """CPUs that Ray reserves for an actor on CPUs; its threads are the node's CPUs divided by its actors."""
+
+
+class Mapper:
+    """An actor that maps blocks: builds the network once.
+
+    Args:
+        task: what to make.
+        weights: reference of the state dict of `Network.net` as arrays.
+        device: `cpu` or `cuda`.
+        threads: torch threads.
+    """
+
+    def __init__(self, task: Task, weights: dict[str, Any], device: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        arrays = ray.get(weights["reference"])
+        self.task = task
+        self.mapper = BlockMapper(task, {n: torch.from_numpy(np.array(w)) for n, w in arrays.items()}, device)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
+        """INPUT: blocks.  OUTPUT: what became of each, see `_answer`."""
+        return {"answer": [self.answer(**json.loads(text)) for text in batch["item"]]}
+
+    def answer(
+        self,
+        image: dict[str, Any],
+        label: dict[str, Any] | None,
+        block: tuple[tuple[int, int], tuple[int, int]],
+        whole: bool,
+    ) -> str:
+        made = Image(**image)
+        work = lambda: self.mapper.make(made, Block(*block), whole=whole)  # noqa: E731
+        return _answer(self.task, made, Image(**label) if label and whole else None, work)
+
+
+def _answer(task: Task, image: Image, label: Image | None, work: Callable[[], None]) -> str:
+    """What became of a piece of work on an image, as JSON: its name; `counts` if there is a label and so a map; `bad`, why it
+    gives no map or no counts; or `error` and `text`, to be raised: Ray Data loses the cause of what a task raises.
+    """
+    found: dict[str, Any] = {"name": image.name}
+    try:
+        work()
+        if label:
+            found["counts"] = count(task, image, label).tolist()
+    except BadSource as error:
+        found["bad"] = str(error)
+    except RaysedError as error:
+        found |= {"error": type(error).__name__, "text": str(error)}
+    return json.dumps(found)
+
+
+def put_together(task: Task, plan: Plan) -> str:
+    """INPUT: an image whose pieces are all there.  OUTPUT: what became of it, see `_answer`."""
+    return _answer(task, plan.image, plan.label, lambda: assemble(task, plan.image, plan.pieces))
+
+
+def compare(task: Task, image: Image, label: Image) -> str:
+    """INPUT: an image whose map is there.  OUTPUT: counts, see `_answer`."""
+    return _answer(task, image, label, lambda: None)
+
+
+class Outcome:
+    """What has become of the images so far."""
+
+    def __init__(self, classes: int) -> None:
+        self.bad: dict[str, str] = {}
+        self.counts = np.zeros((classes, classes), np.int64)
+        self.scored = 0
+
+    def take(self, answer: str) -> str:
+        """Add an answer; the name of its image.
+
+        Raises:
+            RaysedError: what the work has raised on purpose.
+        """
+        found = json.loads(answer)
+        if "error" in found:
+            raise errors.rebuilt(found["error"], found["text"])
+        if "bad" in found:
+            self.bad[found["name"]] = found["bad"]
+        if "counts" in found:
+            self.counts += np.array(found["counts"])
+            self.scored += 1
+        return found["name"]
 
 
 def predict(
@@ -76,19 +174,40 @@ def predict(
     connect()
     if not shared_filesystem:
         check_paths(storage, *(Storage(root) for root in sorted({i.root for i in images})))
-    made, bad = _map(model, todo, task, labels=labels or {}, workers=workers, device=device, say=say)
-    there = [i for i in images if i.name not in bad]
+    outcome, labels = Outcome(len(model.record.classes)), labels or {}
+    plans = _plans(todo, labels, task, outcome)
+    _say_notes(plans, task, say)
+    small = ray.remote(compare).options(num_cpus=TASK_CPUS)
+    finished = {i.name for i in images} - {i.name for i in todo}
+    running = [
+        small.remote(task, i, labels[i.name]) for i in images if i.name in finished and i.name in labels
+    ]
+    try:
+        _map(model, plans, task, outcome, running, workers=workers, device=device, say=say)
+        for answer in ray.get(running):
+            outcome.take(answer)
+    except BaseException:  # no task may go on when the job has ended: the next one would meet it
+        for reference in running:
+            ray.cancel(reference, force=True)
+        raise
+    for image in (i for i in todo if i.name in outcome.bad):
+        for path in storage.list(task.pieces(image)):
+            storage.remove(path)
+    for name, reason in sorted(outcome.bad.items()):
+        say(f"{name} cannot be used: {reason}")
     result: dict[str, Any] = {
-        "maps": made,
-        "there before": len(images) - len(todo),
-        "bad": bad,
+        "maps": len({i.name for i in todo} - outcome.bad.keys()),
+        "there before": len(finished),
+        "bad": outcome.bad,
         "seconds": round(time.monotonic() - began, 1),
     }
-    if labels:
-        result["metrics"] = _score(there, task, labels, bad, say)
+    if outcome.scored:
+        names = [c.name for c in model.record.classes]
+        scores = metrics.scores(outcome.counts, names)
+        result["metrics"] = {"images": outcome.scored, **scores, "counts": outcome.counts.tolist()}
         storage.write("metrics.json", (json.dumps(result["metrics"], indent=1) + "\n").encode())
     say(
-        f"{storage.uri}: {made} maps made, {result['there before']} were there, {len(bad)} images without a map, "
+        f"{storage.uri}: {result['maps']} maps made, {len(finished)} were there, {len(outcome.bad)} images cannot be used, "
         f"{result['seconds']} s"
     )
     return result
@@ -130,118 +249,77 @@ def _unmade(storage: Storage, task: Task, images: Sequence[Image], *, overwrite:
     return todo
 
 
+def _plans(todo: list[Image], labels: dict[str, Image], task: Task, outcome: Outcome) -> list[Plan]:
+    """Plans of the images that can be used: headers are read here, several at once, a cold start of tasks takes longer."""
+
+    def plan(image: Image) -> Plan | None:
+        try:
+            return plan_image(image, labels.get(image.name), task)
+        except BadSource as error:
+            outcome.bad[image.name] = reason_of(error)
+            return None
+
+    with ThreadPoolExecutor(HEADERS) as pool:
+        return [p for p in pool.map(plan, todo) if p]
+
+
 def _map(
     model: Model,
-    todo: list[Image],
+    plans: list[Plan],
     task: Task,
+    outcome: Outcome,
+    running: list[Any],
     *,
-    labels: dict[str, Image],
     workers: int | None,
     device: str,
     say: Callable[[str], None],
-) -> tuple[int, dict[str, str]]:
-    """Maps made, and images that gave none with their reasons."""
-    if not todo:
-        return 0, {}
-    items = [
-        {
-            "item": json.dumps(
-                {"image": asdict(i), "label": asdict(labels[i.name]) if i.name in labels else None}
-            )
-        }
-        for i in todo
-    ]
-    plans = list(run_tasks(plan_images, items, 16, {"task": task}))
-    bad = {p["name"]: p["reason"] for p in plans if "reason" in p}
-    plans = [p for p in plans if "reason" not in p]
-    _say_notes(plans, task, say)
-    images, storage = {i.name: i for i in todo}, Storage(task.target)
+) -> None:
+    """Map all blocks; the tasks that put pieces together join those running."""
+    held = Storage(task.target).list(f"pieces/{task.key}") if plans else {}
+    together = ray.remote(put_together).options(num_cpus=TASK_CPUS, max_retries=3)
     left: dict[str, int] = {}
     work: list[dict[str, str]] = []
-    held = storage.list(f"pieces/{task.key}")
-    ready: list[str] = []
     for plan in plans:
-        image = images[plan["name"]]
-        blocks = plan["blocks"]
-        missing = [b["block"] for b in blocks if f"{task.pieces(image)}/{b['piece']}" not in held]
-        left[image.name] = len(missing)
-        if not missing:
-            ready.append(image.name)
-        fields = {"image": asdict(image), "whole": len(blocks) == 1}
-        work += [{"item": json.dumps({**fields, "block": block})} for block in missing]
-    total = sum(p["pixels"] for p in plans)
+        there = [f"{task.pieces(plan.image)}/{piece}" in held for piece in plan.pieces]
+        left[plan.image.name] = there.count(False)
+        fields = {"image": asdict(plan.image), "label": plan.label and asdict(plan.label)}
+        work += [
+            {"item": json.dumps({**fields, "block": [b.rows, b.cols], "whole": len(there) == 1})}
+            for b, done in zip(plan.blocks, there, strict=True)
+            if not done
+        ]
     say(
-        f"{len(plans)} images, {total / 1e6:.1f} Mpx, {len(work)} blocks to map"
-        + (f", {len(held)} are there already" if held else "")
+        f"{len(plans)} images, {sum(p.pixels for p in plans) / 1e6:.1f} Mpx, {len(work)} blocks to map, "
+        f"{sum(len(p.blocks) for p in plans) - len(work)} are there already"
     )
-    alone = {p["name"] for p in plans if len(p["blocks"]) == 1}
-    putting = _Assembly(task, images)
-    for name in ready:
-        putting.start(name)
-    made = 0
+    running += [together.remote(task, p) for p in plans if not left[p.image.name]]
+    large = {p.image.name: p for p in plans if len(p.blocks) > 1}
     started, last = time.monotonic(), 0.0
     for done, answer in enumerate(_answers(model, task, work, workers, device), start=1):
-        name = _name(answer, bad)
+        name = outcome.take(answer)
         left[name] -= 1
-        if name in alone:
-            made += name not in bad
-        elif not left[name] and name not in bad:
-            putting.start(name)
+        if name in large and not left[name] and name not in outcome.bad:
+            running.append(together.remote(task, large[name]))
         passed = time.monotonic() - started
         if passed - last > 10 or done == len(work):
             last = passed
             say(f"block {done}/{len(work)}  ETA {passed / done * (len(work) - done):.0f} s")
-    made += putting.finish(bad)
-    for name in [n for n in bad if n in images]:
-        for path in storage.list(task.pieces(images[name])):
-            storage.remove(path)
-    for name, reason in sorted(bad.items()):
-        say(f"no map of {name}: {reason}")
-    return made, bad
 
 
-def _say_notes(plans: list[dict[str, Any]], task: Task, say: Callable[[str], None]) -> None:
+def _say_notes(plans: list[Plan], task: Task, say: Callable[[str], None]) -> None:
     record = task.record
-    nowhere = [p["name"] for p in plans if not p["place"]]
-    if nowhere:
+    if nowhere := [p.image.name for p in plans if not p.has_crs]:
         say(f"note: {len(nowhere)} images have no CRS ({nowhere[0]}), so their maps have none")
-    by_pixels = sum(p["scale"] == "pixels" for p in plans)
-    if record.metres and by_pixels:
+    if record.metres and (unknown := [p.image.name for p in plans if not p.by_metres]):
         say(
-            f"note: {by_pixels} images do not say their metres a pixel; they are taken to be of the training images' "
-            f"scale, {record.scale[0]:.3g} x {record.scale[1]:.3g} source pixels a model pixel"
+            f"note: {len(unknown)} images do not say their metres a pixel ({unknown[0]}); they are taken to be like the training "
+            f"images: {record.scale[0]:.3g} x {record.scale[1]:.3g} source pixels a model pixel"
         )
-
-
-def _name(answer: dict[str, Any], bad: dict[str, str]) -> str:
-    """Name of the image that an answer is about; a reason goes into `bad`, an error is raised."""
-    if "error" in answer:
-        raise errors.rebuilt(answer["error"], answer["text"])
-    if "reason" in answer:
-        bad[answer["name"]] = answer["reason"]
-    return answer["name"]
-
-
-class _Assembly:
-    """Tasks that put pieces together, while others are mapped."""
-
-    def __init__(self, task: Task, images: dict[str, Image]) -> None:
-        self.task, self.images = task, images
-        self.remote: Any = ray.remote(assemble).options(num_cpus=TASK_CPUS, max_retries=3)
-        self.running: list[Any] = []
-
-    def start(self, name: str) -> None:
-        self.running.append(self.remote.remote(self.task, self.images[name]))
-
-    def finish(self, bad: dict[str, str]) -> int:
-        """Maps made."""
-        names = [_name(answer, bad) for answer in ray.get(self.running)]
-        return sum(n not in bad for n in names)
 
 
 def _answers(
     model: Model, task: Task, work: list[dict[str, str]], workers: int | None, device: str
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[str]:
     """Answers of the actors, in the order of the work."""
     if not work:
         return
@@ -275,26 +353,4 @@ def _answers(
         },
     )
     for row in answers.iter_rows():
-        yield json.loads(row["answer"])
-
-
-def _score(
-    images: list[Image], task: Task, labels: dict[str, Image], bad: dict[str, str], say: Callable[[str], None]
-) -> dict[str, Any]:
-    """C8 metrics of the maps that have labels, over all of them together."""
-    known = [i for i in images if i.name in labels]
-    items = [{"item": json.dumps({"image": asdict(i), "label": asdict(labels[i.name])})} for i in known]
-    classes = task.record.classes
-    counts = np.zeros((len(classes), len(classes)), np.int64)
-    scored = 0
-    for row in run_tasks(count, items, 4, {"task": task}):
-        if "reason" in row:
-            bad[row["name"]] = row["reason"]
-            say(f"no score of {row['name']}: {row['reason']}")
-            continue
-        counts += np.array(row["counts"])
-        scored += 1
-    if not scored:
-        raise DataError(f"none of the {len(known)} labels can be used")
-    say(f"{scored} of {len(images)} maps have labels")
-    return {"images": scored, **metrics.scores(counts, [c.name for c in classes]), "counts": counts.tolist()}
+        yield row["answer"]

@@ -14,12 +14,22 @@ from PIL import Image as Pillow
 from rasterio.transform import Affine
 
 from raysed import cli
-from raysed.cluster.mapper import Mapper, Settings, Task, ahead
+from raysed.cluster.mapper import (
+    BlockMapper,
+    Plan,
+    Settings,
+    Task,
+    ahead,
+    assemble,
+    grid_of,
+    open_image,
+    plan_image,
+)
 from raysed.cluster.predict import predict
 from raysed.core.metrics import confusion, scores
 from raysed.core.networks import build
 from raysed.core.tiles import LandClass, target_of
-from raysed.core.windows import Block, axis, seam_score
+from raysed.core.windows import Axis, Block, seam_score
 from raysed.errors import DataError, UsageError
 from raysed.io import checkpoint, model
 from raysed.io.imagery import find_images, find_labels
@@ -68,7 +78,7 @@ def pixels(height: int, width: int, seed: int = 0) -> np.ndarray:
     """A smooth random picture."""
     rng = np.random.default_rng(seed)
     coarse = Pillow.fromarray(rng.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), np.uint8))
-    return np.asarray(coarse.resize((width, height), Pillow.Resampling.BICUBIC))
+    return np.array(coarse.resize((width, height), Pillow.Resampling.BICUBIC))
 
 
 def write_tiff(path: Path, array: np.ndarray, **keys) -> None:
@@ -79,7 +89,9 @@ def write_tiff(path: Path, array: np.ndarray, **keys) -> None:
         file.write(bands)
 
 
-def run(folder: Path, target: Path, net: model.Model | None = None, *, labels: Path | None = None, **flags) -> dict:
+def run(
+    folder: Path, target: Path, net: model.Model | None = None, *, labels: Path | None = None, **flags
+) -> dict:
     net = net or small_model()
     images = find_images(str(folder))
     found = find_labels(str(labels), images, net.record.classes) if labels else None
@@ -147,13 +159,6 @@ def test_a_geotiff_becomes_a_cloud_optimized_one_at_the_same_place(ray_session, 
     with Pillow.open(tmp_path / "one/town_3.png") as made:
         assert (made.mode, made.size) == ("P", (200, 150))
         assert json.loads(made.text["CLASSES"])["1"] == "land"
-    pieces = run(tmp_path / "in", tmp_path / "many", block=20_000, **flags)
-    assert pieces["maps"] == 3
-    assert not (tmp_path / "many/pieces").exists() or not any((tmp_path / "many/pieces").rglob("*-*"))
-    for path in (p for p in (tmp_path / "one").rglob("*") if p.suffix in (".tif", ".png")):
-        with rasterio.open(path) as a, rasterio.open(tmp_path / "many" / path.relative_to(tmp_path / "one")) as b:
-            differs = np.abs(a.read().astype(int) - b.read())
-            assert (differs > 1).mean() < 1e-3  # sums in another order
 
 
 @pytest.mark.ray
@@ -177,47 +182,79 @@ def test_maps_without_overlap_are_those_of_the_tiles_and_so_are_the_scores(ray_s
     assert found == {"images": 2, **scores(counts, [c.name for c in CLASSES]), "counts": counts.tolist()}
 
 
+def plans_of(folder: Path, task: Task) -> list[Plan]:
+    return [plan_image(image, None, task) for image in find_images(str(folder))]
+
+
+def make_blocks(task: Task, plan: Plan, net: model.Model, last: int | None = None) -> None:
+    """Map blocks up to `last` (exclusive) without Ray."""
+    mapper = BlockMapper(task, net.weights, "cpu")
+    for block in plan.blocks[:last]:
+        mapper.make(plan.image, block, whole=len(plan.blocks) == 1)
+
+
+def test_a_map_of_pieces_is_that_of_one_block(tmp_path):
+    image, net = pixels(200, 300), small_model()
+    image[:64] = 0
+    write_tiff(tmp_path / "in/x.tif", image, nodata=0, **PLACE)
+    for name, block in (("one", 10**6), ("many", 20_000)):
+        task = Task(net.record, Settings(entropy=True, probabilities=True, block=block), str(tmp_path / name))
+        [plan] = plans_of(tmp_path / "in", task)
+        make_blocks(task, plan, net)
+        if name == "many":
+            assert len(plan.blocks) > 6
+            assert not (tmp_path / name / "x.tif").exists()
+            assemble(task, plan.image, plan.pieces)
+    for path in (tmp_path / "one").glob("*.tif"):
+        with rasterio.open(path) as a, rasterio.open(tmp_path / "many" / path.name) as b:
+            assert (np.abs(a.read().astype(int) - b.read()) > 1).mean() < 1e-3  # sums in another order
+
+
 @pytest.mark.ray
-def test_what_was_interrupted_is_finished_and_what_is_finished_is_left(ray_session, tmp_path, monkeypatch):
-    for i in range(3):
-        write_tiff(tmp_path / f"in/town_{i}.tif", pixels(200, 300, seed=i), **PLACE)
-    calm = run(tmp_path / "in", tmp_path / "calm", block=15_000)
-    assert calm["maps"] == 3
-    import raysed.cluster.predict as module
-
-    answers = module._answers
-
-    def torn(*args):
-        for number, answer in enumerate(answers(*args)):
-            if number == 8:
-                raise KeyboardInterrupt
-            yield answer
-
-    monkeypatch.setattr(module, "_answers", torn)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "in", tmp_path / "torn", block=15_000)
-    monkeypatch.setattr(module, "_answers", answers)
-    for name in [p.name for p in (tmp_path / "torn").glob("*.tif")]:  # whatever is visible is whole
-        assert (tmp_path / "torn" / name).read_bytes() == (tmp_path / "calm" / name).read_bytes()
-    held = len([p for p in (tmp_path / "torn/pieces").rglob("*") if p.is_file()])
-    assert held
+def test_what_was_interrupted_is_finished_and_what_is_finished_is_left(ray_session, tmp_path):
+    net, maps = small_model(), []
+    for i in range(4):
+        write_tiff(tmp_path / f"in/town_{i}.tif", pixels(200, 200 if i < 3 else 60, seed=i), **PLACE)
+        maps.append(tmp_path / f"out/town_{i}.tif")
+    settings = Settings(entropy=True, block=40_000)
+    task, calm = (Task(net.record, settings, str(tmp_path / n)) for n in ("out", "calm"))
+    plans = plans_of(tmp_path / "in", task)
+    assert [len(p.blocks) > 1 for p in plans] == [True, True, True, False]
+    for plan in plans:
+        make_blocks(calm, plan, net)
+        if len(plan.blocks) > 1:
+            assemble(calm, plan.image, plan.pieces)
+    make_blocks(task, plans[0], net)  # finished
+    assemble(task, plans[0].image, plans[0].pieces)
+    make_blocks(task, plans[1], net)  # all pieces there
+    make_blocks(task, plans[2], net, last=1)  # one piece there
+    write = Storage(task.target).write
+    write(task.marker(plans[3].image), b"")  # about to be written
+    write("town_3.entropy.tif", b"from before")
+    finished = maps[0].stat().st_mtime_ns
     said: list[str] = []
-    run(tmp_path / "in", tmp_path / "torn", block=15_000, say=said.append)
-    assert any(f"{held} are there already" in line for line in said)
-    for i in range(3):
-        name = f"town_{i}.tif"
-        assert (tmp_path / "torn" / name).read_bytes() == (tmp_path / "calm" / name).read_bytes()
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "torn").glob("*.tif")}
-    again = run(tmp_path / "in", tmp_path / "torn", block=15_000)
-    assert (again["maps"], again["there before"]) == (0, 3)
-    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "torn").glob("*.tif")}
+    result = run(tmp_path / "in", tmp_path / "out", net, entropy=True, block=40_000, say=said.append)
+    assert (result["maps"], result["there before"], result["bad"]) == (3, 1, {})
+    here = sum(len(p.blocks) for p in plans[1:3])
+    assert any(f"{here - len(plans[2].blocks) + 1} are there already" in line for line in said)
+    assert maps[0].stat().st_mtime_ns == finished
+    for path in sorted((tmp_path / "calm").glob("*.tif")):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+        check_cog(path)
+    assert not [p for p in (tmp_path / "out/pieces").rglob("*") if p.is_file()]
+    times = [p.stat().st_mtime_ns for p in maps]
+    again = run(tmp_path / "in", tmp_path / "out", net, entropy=True, block=40_000)
+    assert (again["maps"], again["there before"]) == (0, 4)
+    assert times == [p.stat().st_mtime_ns for p in maps]
 
 
 def test_outputs_of_others_are_refused_before_anything_starts(tmp_path):
     write_tiff(tmp_path / "in/town_1.tif", pixels(70, 70))
     (tmp_path / "out").mkdir()
     (tmp_path / "out/town_1.tif").write_bytes(b"of somebody else")
-    with pytest.raises(UsageError, match=r"town_1.tif exists and was not made from this image .* --overwrite"):
+    with pytest.raises(
+        UsageError, match=r"town_1.tif exists and was not made from this image .* --overwrite"
+    ):
         run(tmp_path / "in", tmp_path / "out")
     assert (tmp_path / "out/town_1.tif").read_bytes() == b"of somebody else"
     for overwrite in (False, True):
@@ -248,7 +285,9 @@ def _bad_folder(root: Path) -> dict[str, str]:
 
 
 @pytest.mark.ray
-def test_every_kind_of_bad_image_is_named_and_the_others_are_mapped(ray_session, tmp_path, monkeypatch, capsys):
+def test_every_kind_of_bad_image_is_named_and_the_others_are_mapped(
+    ray_session, tmp_path, monkeypatch, capsys
+):
     expected = _bad_folder(tmp_path / "in")
     write_tiff(tmp_path / "in/good.tif", pixels(80, 80))
     target, net = tmp_path / "out", small_model(metres=0.5)
@@ -286,7 +325,10 @@ def test_bad_arguments_are_told_before_anything_starts(tmp_path):
     (tmp_path / "in/classes.json").write_text(json.dumps({"classes": [{"id": 1, "name": "sea"}]}))
     images = find_images(str(tmp_path / "in"))
     assert [i.name for i in images] == ["town_1"]
-    with pytest.raises(UsageError, match="the labels have other classes than the model: .* says 1 sea, the model knows 1 land"):
+    with pytest.raises(
+        UsageError,
+        match=r"the labels have other classes than the model: .* says 1 sea, the model knows 1 land",
+    ):
         find_labels(str(tmp_path / "in/labels"), images, CLASSES)
     with pytest.raises(UsageError, match=r"--overlap must lie in 0..0.75, got 1"):
         Settings(overlap=1)
@@ -309,16 +351,50 @@ def test_a_glob_and_a_list_name_images(tmp_path):
         names("list.txt")
 
 
-def mapped(net: model.Model, folder: Path, **settings) -> tuple[np.ndarray, ...]:
-    """Layers of one image, by the actor's own code without Ray."""
-    import ray
+def layers_of(net: model.Model, folder: Path, **settings) -> tuple[np.ndarray, list[Axis]]:
+    """Layers of the one image of a folder, mapped as one block without Ray, and its axes."""
+    [image] = find_images(str(folder))
+    task = Task(net.record, Settings(**settings), str(folder))
+    mapper = BlockMapper(task, net.weights, "cpu")
+    with open_image(image).opened() as raster, torch.inference_mode():
+        rows, cols, _ = grid_of(raster, task)
+        whole = Block((0, len(rows.starts)), (0, len(cols.starts)))
+        return mapper.map(raster, rows, cols, whole)[2], [rows, cols]
 
-    actor = Mapper.__new__(Mapper)
-    actor.task, actor.device = Task(net.record, Settings(**settings), str(folder)), torch.device("cpu")
-    actor.net, actor.dtype = net.network(), None
-    actor.codes = torch.tensor([c.source_id for c in net.record.classes], dtype=torch.uint8)
-    assert ray is not None
-    return actor
+
+def test_the_scale_of_training_is_kept_in_metres_or_source_pixels(tmp_path):
+    fine = pixels(128, 128)
+    coarse = fine.reshape(64, 2, 64, 2, 3).mean((1, 3)).round().astype(np.uint8)
+    write_tiff(tmp_path / "coarse/x.tif", coarse)
+    truth, _ = layers_of(small_model(), tmp_path / "coarse")
+    twice = truth.repeat(2, 1).repeat(2, 2)
+    half = Affine(0.25, 0, 3e5, 0, -0.25, 2e6)
+    write_tiff(tmp_path / "metres/x.tif", fine, crs="EPSG:32640", transform=half)
+    write_tiff(tmp_path / "degrees/x.tif", fine, crs="EPSG:4326", transform=Affine(1e-5, 0, 55, 0, -1e-5, 25))
+    write_tiff(tmp_path / "nowhere/x.tif", fine)
+    for folder in ("metres", "degrees", "nowhere"):
+        found, axes = layers_of(small_model(metres=0.5, scale=(2.0, 2.0)), tmp_path / folder)
+        assert [a.length for a in axes] == [64, 64]
+        assert np.array_equal(found, twice)
+    found, axes = layers_of(small_model(metres=0.25, scale=(2.0, 2.0)), tmp_path / "metres")
+    assert [a.length for a in axes] == [128, 128]  # what the raster says goes before the pixels
+
+
+@pytest.mark.real
+def test_no_seam_shows_on_real_tiles(real_data, tmp_path):
+    ratios = []
+    for name in sorted((real_data / "dubai/images").glob("*.jpg"))[::24]:
+        (tmp_path / name.stem).mkdir()
+        with Pillow.open(name) as image:
+            image.crop((0, 0, 500, 500)).save(tmp_path / name.stem / "x.png")
+        found, (rows, cols) = layers_of(small_model(), tmp_path / name.stem, probabilities=True)
+        shares = found[1:].astype(float)
+        for along, values in ((cols, shares), (rows, shares.transpose(0, 2, 1))):
+            borders = {s for start in along.starts for s in (start, start + SIDE)} - {0, along.length}
+            rest = [k for k in range(1, along.length) if min(abs(k - b) for b in borders) > 1]
+            others = np.random.default_rng(0).choice(rest, 200)
+            ratios.append(seam_score(values, borders, others))
+    assert np.mean(ratios) <= 1.05
 
 
 def test_ahead_gives_all_and_raises_what_the_thread_raised():
