@@ -214,7 +214,7 @@ def test_a_map_of_pieces_is_that_of_one_block(tmp_path):
 def test_what_was_interrupted_is_finished_and_what_is_finished_is_left(ray_session, tmp_path):
     net, maps = small_model(), []
     for i in range(4):
-        write_tiff(tmp_path / f"in/town_{i}.tif", pixels(200, 200 if i < 3 else 60, seed=i), **PLACE)
+        write_tiff(tmp_path / f"in/town_{i}.tif", pixels(200 if i < 3 else 150, 150, seed=i), **PLACE)
         maps.append(tmp_path / f"out/town_{i}.tif")
     settings = Settings(entropy=True, block=40_000)
     task, calm = (Task(net.record, settings, str(tmp_path / n)) for n in ("out", "calm"))
@@ -380,21 +380,27 @@ def test_the_scale_of_training_is_kept_in_metres_or_source_pixels(tmp_path):
     assert [a.length for a in axes] == [128, 128]  # what the raster says goes before the pixels
 
 
+def seams(folder: Path, overlap: float) -> float:
+    """Seam score of the one image of a folder, over rows and columns of windows."""
+    found, (rows, cols) = layers_of(small_model(), folder, probabilities=True, overlap=overlap)
+    shares, ratios = found[1:].astype(float), []
+    for along, values in ((cols, shares), (rows, shares.transpose(0, 2, 1))):
+        borders = {s for start in along.starts for s in (start, start + SIDE)} - {0, along.length}
+        rest = [k for k in range(1, along.length) if min(abs(k - b) for b in borders) > 1]
+        others = np.random.default_rng(0).choice(rest, 200)
+        ratios.append(seam_score(values, borders, others))
+    return float(np.mean(ratios))
+
+
 @pytest.mark.real
 def test_no_seam_shows_on_real_tiles(real_data, tmp_path):
-    ratios = []
     for name in sorted((real_data / "dubai/images").glob("*.jpg"))[::24]:
         (tmp_path / name.stem).mkdir()
         with Pillow.open(name) as image:
             image.crop((0, 0, 500, 500)).save(tmp_path / name.stem / "x.png")
-        found, (rows, cols) = layers_of(small_model(), tmp_path / name.stem, probabilities=True)
-        shares = found[1:].astype(float)
-        for along, values in ((cols, shares), (rows, shares.transpose(0, 2, 1))):
-            borders = {s for start in along.starts for s in (start, start + SIDE)} - {0, along.length}
-            rest = [k for k in range(1, along.length) if min(abs(k - b) for b in borders) > 1]
-            others = np.random.default_rng(0).choice(rest, 200)
-            ratios.append(seam_score(values, borders, others))
-    assert np.mean(ratios) <= 1.05
+    folders = sorted(tmp_path.iterdir())
+    assert np.mean([seams(f, 0.25) for f in folders]) <= 1.05
+    assert np.mean([seams(f, 0.0) for f in folders]) > 1.5  # what blending is for
 
 
 def test_ahead_gives_all_and_raises_what_the_thread_raised():
