@@ -66,7 +66,13 @@ def map_layers(probabilities: Tensor, codes: Tensor, *, entropy: bool, each: boo
         entropy: add a layer of the pixel entropy, 0..254 for 0 to ln C nats.
         each: add C layers of the probabilities, 0..254 for 0 to 1.
     """
-    layers = [codes[probabilities.argmax(0)][None]]
+    best = probabilities[0]
+    layers = [codes[0].expand(best.shape)[None]]
+    for code, likely in zip(
+        codes[1:], probabilities[1:], strict=True
+    ):  # argmax over the first axis takes ten times as long
+        layers[0] = torch.where(likely > best, code, layers[0])
+        best = torch.maximum(best, likely)
     if entropy:
         nats = -torch.xlogy(probabilities, probabilities).sum(0, keepdim=True)
         layers.append(_as_bytes(nats / math.log(len(codes))))

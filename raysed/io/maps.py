@@ -52,7 +52,15 @@ def write_map(storage: Storage, path: str, place: Place, pieces: Iterable[Piece]
         return
     storage.write(f"{path}.aux.xml", category_names(names))
     _write_tiff(
-        storage, path, place, pieces, [("class", tags)], nodata=record.nodata, colors=colors, overviews="MODE"
+        storage,
+        path,
+        place,
+        pieces,
+        [("class", {})],
+        nodata=record.nodata,
+        tags=tags,
+        colors=colors,
+        overviews="MODE",
     )
 
 
@@ -63,8 +71,10 @@ def write_entropy(storage: Storage, path: str, place: Place, pieces: Iterable[Pi
         _write_png(storage, path, place, pieces, tags=tags, colors={})
         return
     scale = float(np.log(len(record.classes))) / 254
-    bands = [("entropy", {"UNIT": "nats"})]
-    _write_tiff(storage, path, place, pieces, bands, nodata=UNKNOWN, scale=scale, overviews="AVERAGE")
+    bands: list[tuple[str, dict[str, str]]] = [("entropy", {"UNIT": "nats"})]
+    _write_tiff(
+        storage, path, place, pieces, bands, nodata=UNKNOWN, tags={}, scale=scale, overviews="AVERAGE"
+    )
 
 
 def write_probabilities(
@@ -72,7 +82,9 @@ def write_probabilities(
 ) -> None:
     """One band a class, 0..254 for 0 to 1; a GeoTIFF in any case."""
     bands = [(c.name, {"CLASS_ID": str(c.source_id)}) for c in record.classes]
-    _write_tiff(storage, path, place, pieces, bands, nodata=UNKNOWN, scale=1 / 254, overviews="AVERAGE")
+    _write_tiff(
+        storage, path, place, pieces, bands, nodata=UNKNOWN, tags={}, scale=1 / 254, overviews="AVERAGE"
+    )
 
 
 def _write_tiff(
@@ -84,6 +96,7 @@ def _write_tiff(
     *,
     nodata: int,
     overviews: str,
+    tags: dict[str, str],
     colors: dict[int, tuple[int, ...]] | None = None,
     scale: float = 1.0,
 ) -> None:
@@ -123,14 +136,14 @@ def _write_tiff(
         ) as file:
             for row, col, piece in pieces:
                 file.write(piece, window=Window(col, row, piece.shape[2], piece.shape[1]))
-            for number, (name, tags) in enumerate(bands, start=1):
+            for number, (name, about) in enumerate(bands, start=1):
                 file.set_band_description(number, name)
-                file.update_tags(number, **tags)
+                file.update_tags(number, **about)
+            file.update_tags(**tags)
             if scale != 1:
                 file.scales = [scale] * len(bands)
             if colors:
                 file.write_colormap(1, {nodata: (0, 0, 0, 0)} | {k: (*v, 255) for k, v in colors.items()})
-                file.update_tags(**bands[0][1])
         copy(
             raw,
             made,

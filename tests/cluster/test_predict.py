@@ -141,6 +141,7 @@ def test_a_geotiff_becomes_a_cloud_optimized_one_at_the_same_place(ray_session, 
         assert made.colormap(1)[2] == (0x3C, 0x10, 0x98, 255)
         assert json.loads(made.tags()["CLASSES"])["5"] == "water"
         classes = made.read(1)
+    assert "<Category>road</Category>" in (tmp_path / "one/a/town_1.tif.aux.xml").read_text()
     assert (classes[:40] == 0).all()
     assert set(np.unique(classes[40:])) <= {1, 2, 3, 4, 5}
     assert len(np.unique(classes[40:])) > 1
