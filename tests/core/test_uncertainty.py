@@ -51,8 +51,6 @@ def test_a_visit_tells_the_scores_and_the_cross_entropy_by_class():
             assert visits[i, 7 + c].item() == pytest.approx(share, rel=1e-5)
 
 
-
-
 def test_map_layers_are_class_entropy_and_probabilities():
     p = torch.tensor([[1.0, 0.5], [0.0, 0.5]])[:, None]  # (2, 1, 2): sure, and undecided
     layers = map_layers(p, torch.tensor([7, 9], dtype=torch.uint8), entropy=True, each=True)
