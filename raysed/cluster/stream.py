@@ -22,8 +22,10 @@ from raysed.errors import RaysedError, rebuilt
 from raysed.io.storage import Storage
 from raysed.io.store import BadTile, Store, read_tiles
 
-BLOCK = 16
-"""Tiles a read task."""
+BLOCK = 64
+"""Tiles a read task, at most: a task costs Ray Data about 10 ms, measured 1.0, 0.77, 0.68 s for 256 tiles at 16, 32, 64."""
+TASKS = 4
+"""Read tasks of a chunk, at least, so that several CPUs share it."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,11 @@ class Stream:
             "keys": keys,
             "limits": asdict(limits),
         }
-        self._chunks = [self._wanted[i : i + chunk] for i in range(0, len(self._wanted), chunk)]
+        first = -(
+            -chunk // 8
+        )  # a small one first: the trainer waits for it, and reads the next ones while it trains
+        rest = range(first, len(self._wanted), chunk)
+        self._chunks = [c for c in (self._wanted[:first], *(self._wanted[i : i + chunk] for i in rest)) if c]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="raysed-stream")
         self._next: Future[list[Row]] | None = None
         self._ready: list[Row] = []
@@ -154,7 +160,8 @@ class Stream:
     def _drain(self, wanted: list[tuple[int, str]]) -> list[Row]:
         locations = self._store.locations([t for _, t in wanted])
         items = [{"position": p, **at} for (p, _), at in zip(wanted, locations, strict=True)]
-        source = ray.data.from_items(items, override_num_blocks=-(-len(items) // BLOCK))
+        tasks = min(len(items), max(TASKS, -(-len(items) // BLOCK)))
+        source = ray.data.from_items(items, override_num_blocks=tasks)
         stream = source.map_batches(
             read_and_augment,  # type: ignore[arg-type]  # Ray's hints leave out the keyword arguments
             fn_kwargs=self._arguments,

@@ -1,0 +1,41 @@
+"""Ratios of raysed to what the hardware and plain PyTorch can do, each measured in one run.
+
+python jobs/bench.py                         all rows, about half an hour on two cores; writes results/bench/latest.json
+python jobs/bench.py --rows stall commit     some rows
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from raysed import cli
+from raysed.cluster.bench import ROWS, result_json, run_rows
+from raysed.cluster.prepare import prepare_synthetic
+from raysed.errors import UsageError
+from raysed.io.provenance import environment
+from raysed.io.store import Store
+from raysed.runs import DEMO_SCENES, DEMO_STORE, DEMO_TILE, say
+
+OUT = Path("results/bench/latest.json")
+
+
+def job(argv: Sequence[str]) -> int:
+    """Measure, print, write; 1 if a goal is not met."""
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--rows", nargs="*", metavar="ROW", help=f"of: {', '.join(ROWS)}")
+    names = parser.parse(argv).rows or list(ROWS)
+    for name in names:
+        if name not in ROWS:
+            raise UsageError(f"unknown row {name!r}, known are {', '.join(ROWS)}")
+    prepare_synthetic(DEMO_STORE, scenes=DEMO_SCENES, tile=DEMO_TILE, say=say)
+    rows = run_rows(names, Store.open(DEMO_STORE), say)
+    if len(names) == len(ROWS):
+        OUT.parent.mkdir(parents=True, exist_ok=True)
+        OUT.write_text(result_json(rows, environment()))
+        say(f"written {OUT}")
+    missed = [r.row for r in rows if r.met is False]
+    say(f"goals not met: {', '.join(missed) or 'none'}")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    cli.main(job)

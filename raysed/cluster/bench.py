@@ -1,0 +1,587 @@
+"""Benchmarks: every figure a ratio measured in one run on the same cores, the two sides alternating.
+
+A row measures both sides in turn and keeps the ratio of each repetition; the value is their median with a bootstrap interval of
+95 %, and a goal counts as met only by the interval's worse end.  The rivals are the tuned plain PyTorch a user would write.
+"""
+
+import io
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from raysed.cluster.connect import connect
+from raysed.cluster.launch import launch
+from raysed.cluster.scoring import Network, Scorer, score_pool, share_threads
+from raysed.cluster.stream import Stream
+from raysed.config import AugmentConfig, ClusterConfig, Experiment, OptimConfig, SelectConfig
+from raysed.core import networks
+from raysed.core.acquisition import STRATEGIES
+from raysed.core.augment import augment, to_uint8
+from raysed.core.losses import class_weights, focal_loss_sum
+from raysed.core.plan import plan
+from raysed.core.randomness import keyed_rng
+from raysed.core.step import DTYPES, Learner, MicroBatch, resolve_precision, to_device
+from raysed.core.uncertainty import log_probabilities, tile_scores
+from raysed.io.ledger import Ledger, choose, selection_table, table_bytes
+from raysed.io.storage import Storage
+from raysed.io.store import Store, Tile, read_tiles
+
+CPU = torch.device("cpu")
+ARCH = "efficientunet-b0"
+TILES = 96
+"""A cycle, in rows that train."""
+CYCLES = 4
+"""Of a run, in rows that train; the first is cold and left out."""
+BOOTSTRAP = 2000
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a row is held to."""
+
+    unit: str
+    limit: float | None
+    """None: the row only reports."""
+    at_least: bool = True
+    how: str = ""
+
+    def met(self, low: float, high: float) -> bool | None:
+        """By the worse end of the interval."""
+        if self.limit is None:
+            return None
+        return bool(low >= self.limit if self.at_least else high <= self.limit)
+
+
+GOALS = {
+    "active / passive": Goal("x the bare costs' ratio", 1.03, False, "a warm cycle with fresh scores of the whole pool over a passive one, over the ratio that the bare costs of step, scoring and validation on the same cores predict"),
+    "by-product / passive": Goal("x", 1.05, False, "cycles with by-product scores (first full scoring spread over 30 cycles) over passive cycles of the same tiles"),
+    "overlapped / passive": Goal("x", 1.03, False, "cycles scored with weights one cycle old while training runs, trainer and scorer on a core each, over passive cycles with the trainer on one core"),
+    "training / plain loop": Goal("x", 0.97, True, "training tiles/s of the system, stall included, over a plain PyTorch loop fed by the best of several DataLoader settings that does the same reading, decoding and augmenting"),
+    "stall": Goal("% of the step time", 3, False, "time the trainer waited for tiles over the time it trained, warm passive cycles"),
+    "precision": Goal("x", None, True, "one training step of efficientunet-b0 in our precision and layout against fp32 NCHW (the goal of 1.5 holds for CPUs with AMX)"),
+    "scoring / bare forward": Goal("x a core", 0.95, True, "tiles/s a core of the whole pool through the scorers over a bare forward pass with scores of one thread, same precision, inference mode"),
+    "two scorers / one": Goal("x", 1.8, True, "tiles/s of two scorers of one thread over one"),
+    "stream / DataLoader": Goal("x", 1.0, True, "tiles/s of the tile stream alone, warm, over the best of several DataLoader settings with the same functions"),
+    "augmentation": Goal("% of a step", 3, False, "augmenting a tile over a training step a tile of efficientunet-b0, both on one thread"),
+    "bytes fetched": Goal("x", 1.1, False, "bytes asked of the storage for a random fifth over the bytes of those tiles"),
+    "fixed seconds": Goal("s a cycle", 1.5, False, "a warm passive cycle without steps and validation"),
+    "two workers / one": Goal("x", 1.7, True, "tiles/s of two workers of one thread over one of one thread, same global batch"),
+    "controller 1e5": Goal("s a cycle", 60, False, "scores in, selection, plan and ledger tables of 10^5 tiles, strategy entropy, a fifth selected"),
+    "controller 1e6": Goal("s a cycle", 60, False, "the same of 10^6 tiles"),
+    "controller 1e7": Goal("s a cycle", 60, False, "the same of 10^7 tiles"),
+    "commit": Goal("% of the step time", 1, False, "time a warm cycle is blocked by its commit over the time it trains"),
+    "parameters": Goal("million", None, True, "parameters of unet; efficientunet-b0 and -b4 stand in the samples"),
+    "latency": Goal("ms", None, False, "forward pass of one 256 px tile by efficientunet-b0; unet and -b4 stand in the samples"),
+}  # fmt: skip
+"""Every row with its goal."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured row."""
+
+    row: str
+    value: float
+    low: float
+    high: float
+    unit: str
+    goal: float | None
+    met: bool | None
+    how: str
+    samples: list[Any]
+
+
+def row(name: str, samples: Sequence[float], note: Sequence[Any] = ()) -> Row:
+    """A row of its samples: median, bootstrap interval of the median, verdict."""
+    values, goal = np.asarray(samples, float), GOALS[name]
+    drawn = np.median(np.random.default_rng(0).choice(values, (BOOTSTRAP, len(values))), 1)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    value, worst, best, *kept = (float(f"{v:.4g}") for v in (np.median(values), low, high, *values))
+    return Row(name, value, worst, best, goal.unit, goal.limit, goal.met(low, high), goal.how, [*kept, *note])
+
+
+@dataclass
+class Bench:
+    """What the rows share: the store and the results of the runs, each made once.
+
+    Args:
+        store: the synthetic store.
+        folder: for run directories.
+    """
+
+    store: Store
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self._runs: dict[str, list[dict[str, Any]]] = {}
+        self.ids = sorted(self.store.split("train")["tile_id"].to_pylist())
+        self.classes = len(self.store.dataset.classes)
+        self.side = self.store.dataset.tile_size
+        self.alpha = class_weights(np.array(self.store.dataset.pixels["train"][1:]), 0.5)
+
+    def cycles(self, name: str, rounds: int = 2, **fields: Any) -> list[dict[str, Any]]:
+        """Records of the warm cycles of runs of a kind; `name` and the fields say which."""
+        if name not in self._runs:
+            records = []
+            for k in range(rounds):
+                run = self.folder / f"{name}-{k}"
+                launch(self._experiment(run, **fields), say=lambda _: None)
+                records += [m.record for m in Ledger(Storage(str(run))).manifests()[1:]]
+            self._runs[name] = records
+        return self._runs[name]
+
+    def _experiment(self, run: Path, select: SelectConfig | None = None, **cluster: Any) -> Experiment:
+        base = Experiment(run=str(run), cycles=CYCLES, optim=OptimConfig(lr=1e-3, micro_batch=8))
+        return replace(
+            base,
+            data=replace(base.data, uri=self.store.storage.uri),
+            select=replace(select or SelectConfig(), tiles=TILES),
+            cluster=ClusterConfig(**cluster),
+        )
+
+    def passive(self) -> list[dict[str, Any]]:
+        """Warm passive cycles, all cores."""
+        return self.cycles("passive")
+
+    def tiles(self, count: int) -> list[Tile]:
+        """Decoded tiles."""
+        found = read_tiles(self.store.storage, self.store.locations(self.ids[:count]), self.side)
+        return [t for t in found if isinstance(t, Tile)]
+
+    def learner(self, batch: int = 16) -> Learner:
+        """A fresh network in training, the default precision."""
+        net = networks.build(ARCH, self.classes, 0)
+        return Learner(net, alpha=self.alpha, gamma=2, batch=batch, precision=resolve_precision("auto", CPU))
+
+
+def timed(action: Callable[[], Any]) -> float:
+    """Seconds of a call."""
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def alternating(one: Callable[[], Any], other: Callable[[], Any], times: int) -> list[tuple[float, float]]:
+    """Seconds of both, in turn, after a turn that does not count."""
+    one(), other()
+    return [(timed(one), timed(other)) for _ in range(times)]
+
+
+def bare_costs(bench: Bench, threads: int) -> tuple[float, float, float]:
+    """Seconds a tile of a training step, of scoring and of validation, on tiles in memory, this process alone."""
+    torch.set_num_threads(threads)
+    learner = bench.learner()
+    tiles = bench.tiles(16)
+    micro = []
+    for k in range(2):
+        part = tiles[8 * k : 8 * k + 8]
+        images, labels = (
+            np.stack([t.image for t in part]),
+            np.stack([t.label for t in part if t.label is not None]),
+        )
+        micro.append(MicroBatch(k, *to_device(images, labels, CPU)))
+    whole = (
+        torch.cat([m.images for m in micro]).contiguous(memory_format=torch.channels_last),
+        torch.cat([m.target for m in micro]),
+    )
+
+    def step() -> None:
+        learner.step(micro, lr=1e-6, key=("bench",), total=2)
+
+    def score() -> None:
+        scored(learner.net, whole[0], learner.precision)
+
+    def validate() -> None:
+        learner.evaluate([whole])
+
+    found = []
+    for action in (step, score, validate):
+        action()
+        found.append(float(np.median([timed(action) for _ in range(5)])) / 16)
+    return found[0], found[1], found[2]
+
+
+@torch.inference_mode()
+def scored(net: torch.nn.Module, x: torch.Tensor, precision: Any) -> torch.Tensor:
+    """Scores by a bare forward pass."""
+    net.eval()
+    dtype = DTYPES[precision]
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        return tile_scores(log_probabilities(net(x)))
+
+
+class Loaded(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """The rival: a map-style dataset that reads, decodes and augments one tile."""
+
+    def __init__(self, uri: str, locations: list[dict[str, Any]], side: int) -> None:
+        self.uri, self.locations, self.side = uri, locations, side
+        self.storage: Storage | None = None
+
+    def __len__(self) -> int:
+        return len(self.locations)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        self.storage = self.storage or Storage(self.uri)
+        [tile] = read_tiles(self.storage, [self.locations[i]], self.side)
+        assert isinstance(tile, Tile)
+        assert tile.label is not None
+        pixels, label = augment(tile.image, tile.label, keyed_rng("augment", 0, 0, tile.tile_id))
+        return to_uint8(pixels), label
+
+
+def loaders(bench: Bench, ids: list[str]) -> Iterator[tuple[str, Any]]:
+    """DataLoader settings to choose the best of."""
+    data = Loaded(bench.store.storage.uri, bench.store.locations(ids), bench.side)
+    for workers, prefetch in ((0, None), (1, 2), (1, 8), (2, 4)):
+        loader = torch.utils.data.DataLoader(
+            data, batch_size=8, num_workers=workers, prefetch_factor=prefetch, persistent_workers=workers > 0
+        )
+        yield f"{workers} workers, prefetch {prefetch}", loader
+
+
+def best_loader(bench: Bench, ids: list[str], use: Callable[[Any], Any]) -> tuple[str, Any]:
+    """The setting with which `use` is fastest, warm."""
+    times = {}
+    for name, loader in loaders(bench, ids):
+        use(loader)
+        times[name] = timed(lambda loader=loader: use(loader)), loader  # type: ignore[misc]
+    name = min(times, key=lambda n: times[n][0])
+    return name, times[name][1]
+
+
+def plain_loop(bench: Bench) -> Callable[[Any], None]:
+    """The training loop a user would write: channels last, Adam, the same loss; a step of two micro-batches of 8."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    net = networks.build(ARCH, bench.classes, 0).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    adam = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], 1e-3)
+    alpha = torch.from_numpy(bench.alpha)
+    dtype = DTYPES[resolve_precision("auto", CPU)]
+
+    def loop(loader: Any) -> None:
+        for k, (images, labels) in enumerate(loader):
+            x, y = to_device(images.numpy(), labels.numpy(), CPU)
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                logits = net(x)
+            (focal_loss_sum(log_probabilities(logits), y, alpha) / (16 * y[0].numel())).backward()
+            if k % 2:
+                adam.step()
+                adam.zero_grad(set_to_none=True)
+
+    return loop
+
+
+def training_over_plain(bench: Bench) -> Row:
+    loop = plain_loop(bench)
+    name, loader = best_loader(bench, bench.ids[:TILES], loop)
+    rival: list[float] = []
+    ours: list[float] = []
+    for k in range(2):  # alternating: a run of the system, then the loop
+        records = bench.cycles(f"training-{k}", rounds=1)
+        ours += [TILES / (r["seconds"]["train"] + r["seconds"]["stall"]) for r in records]
+        rival += [TILES / timed(lambda: loop(loader)) for _ in records]
+    bench._runs.setdefault("passive", bench._runs["training-0"] + bench._runs["training-1"])
+    return row("training / plain loop", [o / r for o, r in zip(ours, rival, strict=True)], [f"rival: {name}"])
+
+
+def stall(bench: Bench) -> Row:
+    return row("stall", [100 * r["seconds"]["stall"] / r["seconds"]["train"] for r in bench.passive()])
+
+
+def fixed_seconds(bench: Bench) -> Row:
+    return row(
+        "fixed seconds",
+        [r["seconds"]["total"] - r["seconds"]["train"] - r["seconds"]["evaluate"] for r in bench.passive()],
+    )
+
+
+def commit(bench: Bench) -> Row:
+    return row("commit", [100 * r["seconds"]["commit"] / r["seconds"]["train"] for r in bench.passive()])
+
+
+def active_over_passive(bench: Bench) -> Row:
+    threads = len(os.sched_getaffinity(0))
+    step, score, validate = bare_costs(bench, threads)
+    checks, pool = bench.passive()[0]["val"]["tiles"], len(bench.ids)
+    one_thread = bare_costs(bench, 1)[1]
+    scoring = min(score, one_thread / threads)  # scorers of one thread on every core are the better bare way
+    predicted = (TILES * step + pool * scoring + checks * validate) / (TILES * step + checks * validate)
+    active = bench.cycles("active", select=SelectConfig(strategy="entropy"))
+    ratios = [
+        a["seconds"]["total"] / p["seconds"]["total"] for a, p in zip(active, bench.passive(), strict=True)
+    ]
+    return row(
+        "active / passive",
+        [r / predicted for r in ratios],
+        [f"predicted {predicted:.3f}, measured {np.median(ratios):.3f}"],
+    )
+
+
+def byproduct_over_passive(bench: Bench) -> Row:
+    select = SelectConfig(strategy="entropy", scores="byproduct")
+    records = bench.cycles("byproduct", select=select)
+    first = [
+        Ledger(Storage(str(bench.folder / f"byproduct-{k}"))).manifests()[0].record["seconds"]["score"]
+        for k in range(2)
+    ]
+    passive = float(np.median([p["seconds"]["total"] for p in bench.passive()]))
+    own = [(r["seconds"]["total"] + max(first) / 30) / passive for r in records]
+    return row("by-product / passive", own, [f"first scoring {max(first):.1f} s"])
+
+
+def overlapped_over_passive(bench: Bench) -> Row:
+    one = {"threads": 1, "scorers": 1}
+    passive = bench.cycles("passive-1", **one)
+    select = SelectConfig(strategy="entropy", scores="overlapped")
+    both = zip(bench.cycles("overlapped", select=select, **one), passive, strict=True)
+    return row("overlapped / passive", [o["seconds"]["total"] / p["seconds"]["total"] for o, p in both])
+
+
+def two_workers(bench: Bench) -> Row:
+    one = bench.cycles("passive-1", threads=1, scorers=1)
+    two = bench.cycles("workers-2", threads=1, workers=2)
+
+    def speed(r: dict[str, Any]) -> float:
+        return TILES / (r["seconds"]["train"] + r["seconds"]["stall"])
+
+    return row("two workers / one", [speed(b) / speed(a) for a, b in zip(one, two, strict=True)])
+
+
+def precision(bench: Bench) -> Row:
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    ours = bench.learner(8)
+    net = networks.build(ARCH, bench.classes, 0)
+    plain = Learner(net, alpha=bench.alpha, gamma=2, batch=8, precision="fp32")
+    plain.net = net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    plain.wrapped = plain.net
+    tiles = bench.tiles(8)
+    x, y = to_device(
+        np.stack([t.image for t in tiles]), np.stack([t.label for t in tiles if t.label is not None]), CPU
+    )
+    nchw = x.contiguous()
+
+    def fast() -> None:
+        ours.step([MicroBatch(0, x, y)], lr=1e-6, key=("p",), total=1)
+
+    def slow() -> None:
+        plain.step([MicroBatch(0, nchw, y)], lr=1e-6, key=("p",), total=1)
+
+    pairs = alternating(fast, slow, 6)
+    return row("precision", [b / a for a, b in pairs], [f"{ours.precision}, channels last"])
+
+
+def _scorers(bench: Bench, count: int) -> list[Any]:
+    network = Network(ARCH, bench.classes, "auto", "cpu")
+    actor: Any = ray.remote(Scorer).options(num_cpus=0.1)
+    made = [actor.remote(network, bench.store.storage.uri, bench.side, 1 << 30) for _ in range(count)]
+    share_threads(made, 120)
+    return made
+
+
+def _pool_seconds(bench: Bench, scorers: list[Any], weights: dict[str, np.ndarray]) -> float:
+    locations = bench.store.locations(bench.ids)
+    return timed(
+        lambda: score_pool(scorers, [1] * len(scorers), weights, "bench", locations, side=bench.side)
+    )
+
+
+def _weights(bench: Bench) -> dict[str, np.ndarray]:
+    return {n: t.numpy() for n, t in bench.learner().weights().items()}
+
+
+def scoring_over_bare(bench: Bench) -> Row:
+    torch.set_num_threads(1)
+    weights, scorers = _weights(bench), _scorers(bench, 1)
+    net = bench.learner().net
+    tiles = bench.tiles(len(bench.ids))
+    batches = [np.stack([t.image for t in tiles[i : i + 16]]) for i in range(0, len(tiles), 16)]
+
+    def bare() -> None:
+        for batch in batches:
+            scored(net, to_device(batch, np.zeros(0, np.uint8), CPU)[0], resolve_precision("auto", CPU))
+
+    pairs = alternating(lambda: _pool_seconds(bench, scorers, weights), bare, 4)
+    ray.kill(scorers[0])
+    return row("scoring / bare forward", [b / a for a, b in pairs])
+
+
+def two_scorers(bench: Bench) -> Row:
+    weights, one, two = _weights(bench), _scorers(bench, 1), _scorers(bench, 2)
+    pairs = alternating(
+        lambda: _pool_seconds(bench, one, weights), lambda: _pool_seconds(bench, two, weights), 4
+    )
+    for scorer in (*one, *two):
+        ray.kill(scorer)
+    return row("two scorers / one", [a / b for a, b in pairs])
+
+
+def stream_over_loader(bench: Bench) -> Row:
+    ids = bench.ids[:256]
+
+    def ours() -> None:
+        stream = Stream(
+            bench.store, list(enumerate(ids)), name="bench", chunk=256, reader_cpus=0.25, keys=(0, 0), limits=AugmentConfig()
+        )  # fmt: skip
+        stream.take(range(len(ids)))
+        stream.close()
+
+    def drained(loader: Any) -> None:
+        for _ in loader:
+            pass
+
+    name, loader = best_loader(bench, ids, drained)
+    pairs = alternating(ours, lambda: drained(loader), 5)
+    return row("stream / DataLoader", [b / a for a, b in pairs], [f"rival: {name}"])
+
+
+def augmentation(bench: Bench) -> Row:
+    import cv2
+
+    cv2.setNumThreads(1)
+    step = bare_costs(bench, 1)[0]
+    tiles = [t for t in bench.tiles(64) if t.label is not None]
+
+    def all_of_them() -> None:
+        for t in tiles:
+            assert t.label is not None
+            augment(t.image, t.label, keyed_rng("augment", 0, 0, t.tile_id))
+
+    all_of_them()
+    return row("augmentation", [100 * timed(all_of_them) / len(tiles) / step for _ in range(7)])
+
+
+def bytes_fetched(bench: Bench) -> Row:
+    from raysed.io import storage
+
+    ratios = []
+    for seed in range(5):
+        chosen = np.random.default_rng(seed).choice(bench.ids, len(bench.ids) // 5, replace=False).tolist()
+        spans: dict[str, list[tuple[int, int]]] = {}
+        for at in bench.store.locations(chosen):
+            for kind in ("image", "label"):
+                spans.setdefault(at["shard"], []).append((at[f"{kind}_offset"], at[f"{kind}_length"]))
+        fetched = sum(n for s in spans.values() for _, n in storage.coalesce(s, storage.GAP))
+        ratios.append(fetched / sum(n for s in spans.values() for _, n in s))
+    return row("bytes fetched", ratios)
+
+
+def controller(bench: Bench, exponent: int) -> Row:
+    n = 10**exponent
+    rng = np.random.default_rng(0)
+    ids = pa.array(np.char.mod("region_%08d-r000c000", np.arange(n)))
+    index = pa.table({"tile_id": ids, "label_offset": pa.array(np.ones(n, np.int64))})
+    experiment = Experiment(select=SelectConfig(strategy="entropy"))
+    assert STRATEGIES["entropy"].needs
+
+    def cycle() -> None:
+        scores = pa.table({"tile_id": ids, "entropy": pa.array(rng.random(n, np.float32))})
+        selection = choose(experiment, 1, scores=scores, index=index, state={}, excluded=set())
+        plan(selection.tile_ids, 0, 1, 16, 8)
+        table_bytes(selection_table(selection))
+        table_bytes(scores)
+
+    return row(
+        f"controller 1e{exponent}",
+        [timed(cycle) for _ in range(3 if exponent < 7 else 1)],
+        [f"peak {_peak_gib():.1f} GiB"],
+    )
+
+
+def _peak_gib() -> float:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def parameters(bench: Bench) -> Row:
+    counts = {
+        a: sum(p.numel() for p in networks.build(a, bench.classes, 0).parameters()) / 1e6
+        for a in ("unet", ARCH, "efficientunet-b4")
+    }
+    return row("parameters", [counts["unet"]], [{k: round(v, 2) for k, v in counts.items()}])
+
+
+def latency(bench: Bench) -> Row:
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    x = torch.rand(1, 3, 256, 256).contiguous(memory_format=torch.channels_last)
+    times: dict[str, list[float]] = {}
+    for arch in ("unet", ARCH, "efficientunet-b4"):
+        net = networks.build(arch, bench.classes, 0).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        scored(net, x, resolve_precision("auto", CPU))
+        forward = partial(scored, net, x, resolve_precision("auto", CPU))
+        times[arch] = [1e3 * timed(forward) for _ in range(7)]
+    return row("latency", times[ARCH], [{k: round(float(np.median(v)), 1) for k, v in times.items()}])
+
+
+ROWS: dict[str, Callable[[Bench], Row]] = {
+    "training / plain loop": training_over_plain,
+    "stall": stall,
+    "fixed seconds": fixed_seconds,
+    "commit": commit,
+    "active / passive": active_over_passive,
+    "by-product / passive": byproduct_over_passive,
+    "overlapped / passive": overlapped_over_passive,
+    "two workers / one": two_workers,
+    "scoring / bare forward": scoring_over_bare,
+    "two scorers / one": two_scorers,
+    "stream / DataLoader": stream_over_loader,
+    "precision": precision,
+    "augmentation": augmentation,
+    "bytes fetched": bytes_fetched,
+    "controller 1e5": lambda b: controller(b, 5),
+    "controller 1e6": lambda b: controller(b, 6),
+    "controller 1e7": lambda b: controller(b, 7),
+    "parameters": parameters,
+    "latency": latency,
+}
+
+
+def run_rows(names: Sequence[str], store: Store, say: Callable[[str], None]) -> list[Row]:
+    """Measure rows one after the other."""
+    connect()
+    done = []
+    with tempfile.TemporaryDirectory(prefix="raysed-bench-") as folder:
+        bench = Bench(store, Path(folder))
+        for name in names:
+            began = time.monotonic()
+            found = ROWS[name](bench)
+            done.append(found)
+            verdict = {True: "met", False: "NOT MET", None: "reported"}[found.met]
+            limit = (
+                ""
+                if found.goal is None
+                else f"  goal {'>=' if GOALS[name].at_least else '<='} {found.goal:g}"
+            )
+            say(
+                f"{name:<24} {found.value:g} [{found.low:g}, {found.high:g}] {found.unit}{limit}  {verdict}  "
+                f"({time.monotonic() - began:.0f} s)\n    {found.how}"
+            )
+    return done
+
+
+def result_json(rows: Sequence[Row], environment: dict[str, Any]) -> str:
+    """`latest.json`."""
+    out = io.StringIO()
+    machine = {k: environment[k] for k in ("cpu", "cores", "gpu") if k in environment}
+    versions = {k: environment[k] for k in ("python", "torch", "ray") if k in environment}
+    json.dump(
+        {
+            "machine": machine,
+            "versions": versions,
+            "commit": environment.get("commit"),
+            "rows": [asdict(r) for r in rows],
+        },
+        out,
+        indent=1,
+    )
+    return out.getvalue() + "\n"
