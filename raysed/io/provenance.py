@@ -1,5 +1,6 @@
 """What a figure was measured with: recorded beside every result."""
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -10,7 +11,7 @@ from typing import Any
 
 
 def environment() -> dict[str, Any]:
-    """Versions, commit (with + if files were changed), processor, cores, command line of this process."""
+    """Versions, commit (with + if files were changed; a hash of the code where there is no repository), processor, cores, command line of this process."""
     return {
         **{
             name: version(name)
@@ -35,8 +36,16 @@ def _commit() -> str:
             [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10, check=True
         )
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return f"code {_code_hash()}"  # a submitted job has no .git
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def _code_hash() -> str:
+    """The first digits of a sha256 over the sources of this package."""
+    package, found = Path(__file__).resolve().parents[1], hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        found.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def _processor() -> str:
