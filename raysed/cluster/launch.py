@@ -100,6 +100,7 @@ def _run(
 ) -> None:
     """Start the actors and the trainer, watch until they end."""
     connect()
+    stopper.arm()
     check_paths(experiment)
     device = device_of(experiment)
     scorers = scorer_count(experiment, device) if any(_scores(a.experiment) for a in held) else 0
@@ -330,8 +331,14 @@ class Stopper:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stopper":
-        self._before = {n: signal.signal(n, self._stop) for n in errors.EXIT_INTERRUPTED}
+        self._before = {n: signal.getsignal(n) for n in errors.EXIT_INTERRUPTED}
+        self.arm()
         return self
+
+    def arm(self) -> None:
+        """Take the signals, again after Ray has started: its own handler of SIGTERM aborts the process."""
+        for number in errors.EXIT_INTERRUPTED:
+            signal.signal(number, self._stop)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():

@@ -51,6 +51,13 @@ def error_line(done: subprocess.CompletedProcess[str]) -> str:
     return lines[0]
 
 
+def start(job: str, *argv: str, **extra: str) -> subprocess.Popen[str]:
+    """A job that runs on, its output to be read."""
+    return subprocess.Popen(
+        command(job, *argv), cwd=ROOT, env=environment(**extra), stdout=subprocess.PIPE, text=True
+    )
+
+
 def kill_at(point: str, job: str, *argv: str) -> None:
     """Start a job that waits at a named point and SIGKILL its process group there."""
     process = subprocess.Popen(

@@ -1,10 +1,12 @@
 """The jobs as a user runs them: processes, exit codes, one line an error; killed and continued."""
 
 import json
+import signal
 
 import pytest
-from processes import FAST, error_line, kill_at, run
+from processes import FAST, error_line, kill_at, run, start
 
+from raysed.cluster.local import terminated
 from raysed.io.ledger import Ledger, difference, verify
 from raysed.io.storage import Storage
 from raysed.io.store import Store
@@ -44,6 +46,26 @@ def test_scores_of_every_source_survive_a_kill(small_store, tmp_path, mode, poin
     assert verify(Ledger(Storage(torn)), Store.open(small_store).split("train")) == []
     scored = [m.record["scores"]["tiles"] for m in Ledger(Storage(torn)).manifests()]
     assert scored == ([128, 37, 37, 37] if mode == "byproduct" else [128] * 4)  # 24 visited and 13 oldest
+
+
+@pytest.mark.timeout(300)
+def test_a_signal_lets_the_cycle_commit_and_releases_the_run(small_store, tmp_path):
+    out, seen = tmp_path / "run", 0
+    flags = ["--data", small_store, "--cycles", "40", "--run", str(out), *FAST]
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        process = start("train", *flags)
+        with terminated(process):
+            assert process.stdout
+            next(line for line in process.stdout if "/40 " in line)
+            process.send_signal(number)
+            rest = process.stdout.read()
+            assert process.wait(60) == code
+        assert "summary" in rest
+        ledger = Ledger(Storage(str(out)))
+        assert seen < len(ledger.manifests()) < 40
+        seen = len(ledger.manifests())
+        assert b'"beat": -1' in ledger.storage.read(max(ledger.storage.list("leases")))
+    assert verify(ledger, Store.open(small_store).split("train")) == []
 
 
 @pytest.mark.timeout(600)

@@ -16,11 +16,12 @@ import torch
 
 import raysed
 from raysed.cluster import scoring
+from raysed.cluster.estimate import dry_run
 from raysed.cluster.launch import check_data
 from raysed.cluster.scoring import BATCH, Network, Scorer, score_pool, share_threads
 from raysed.cluster.stream import Stream
 from raysed.cluster.telemetry import GAUGES, Monitor
-from raysed.config import AugmentConfig, Experiment
+from raysed.config import AugmentConfig, Experiment, ModelConfig, SelectConfig
 from raysed.core.augment import augment, to_uint8
 from raysed.core.losses import class_weights
 from raysed.core.networks import build
@@ -250,3 +251,23 @@ def test_the_grafana_dashboard_shows_every_gauge():
     text = (Path(raysed.__file__).parent / "report/grafana.json").read_text()
     shown = {t["expr"] for p in json.loads(text)["panels"] for t in p["targets"]}
     assert shown == {f"ray_{name}" for name in GAUGES}
+
+
+def test_a_dry_run_reckons_and_writes_nothing(ray_session, small_store, tmp_path):
+    base = Experiment(
+        run=str(tmp_path / "run"), cycles=10, baseline=True, model=ModelConfig(arch="unet:resnet18")
+    )
+    experiment = replace(
+        base, data=replace(base.data, uri=small_store), select=SelectConfig(strategy="entropy", tiles=20)
+    )
+    said: list[str] = []
+    dry_run(experiment, tiles_per_second=10, price=36, say=said.append)
+    text = "\n".join(said)
+    seconds = 10 * (2 * 20 / 10 + (128 + 32 + 32) / 30)  # both arms train and validate, one scores
+    assert f"{seconds / 3600:.2f} h, {seconds / 3600 * 36:.2f} at 36 an hour" in text
+    assert "entropy  10 cycles: each trains 20 tiles in 2 steps, scores 128, validates 32" in text
+    assert "1 on cpu, 2 scorers" in text
+    said.clear()
+    dry_run(experiment, tiles_per_second=None, price=None, say=said.append)
+    assert "3 steps measured on one cpu worker" in said[-1]
+    assert not (tmp_path / "run").exists()
