@@ -1,12 +1,13 @@
 # make active   the main job on the embedded demo
 # make twin     the whole cluster path on this machine: bucket, nodes, job submit (KEEP=1 leaves it up)
+# make bench    ratios to the hardware and to plain PyTorch (ROWS="'stall' 'commit'" for some)
 # make test     all tests (make check: the ones without Ray)
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.raysed-ready
 
-.PHONY: active twin test check lint clean
+.PHONY: active twin bench test check lint clean
 
 active: $(READY)
 	$(PYTHON) jobs/active.py
@@ -14,6 +15,9 @@ active: $(READY)
 twin: $(READY)
 	$(PYTHON) -m pip install --quiet -c constraints.txt -e ".[local]"
 	$(PYTHON) jobs/twin.py $(if $(KEEP),--keep)
+
+bench: $(READY)
+	$(PYTHON) jobs/bench.py $(if $(ROWS),--rows $(ROWS))
 
 test: $(READY) lint
 	$(PYTHON) -m pytest
