@@ -28,7 +28,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def run(
-    job: str, *argv: str, code: int = 0, timeout: float = 240, **extra: str
+    job: str, *argv: str, code: int = 0, timeout: float = 400, **extra: str
 ) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         command(job, *argv),

@@ -17,7 +17,7 @@ from raysed.io.store import Store
 pytestmark = pytest.mark.ray
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_run_in_a_bucket_equals_the_run_on_disk(ray_session, object_server, bucket, tmp_path):
     remote = run(
         "prepare", "--source", "synthetic", "--scenes", "20", "--tile", "64", "--json", "--target", f"{bucket}/tiles",
@@ -45,7 +45,7 @@ def test_a_run_in_a_bucket_equals_the_run_on_disk(ray_session, object_server, bu
     assert "verified: 2 cycles" in verified.stdout
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_an_object_deleted_between_index_and_read_ends_with_code_4(object_server, bucket):
     write_small_store(f"{bucket}/tiles")
     Storage(bucket).remove("tiles/shards/part-00001.parquet")

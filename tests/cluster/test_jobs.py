@@ -14,7 +14,7 @@ from raysed.io.store import Store
 pytestmark = pytest.mark.ray
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_a_run_killed_at_five_points_ends_equal_to_an_undisturbed_one(small_store, tmp_path):
     flags = ["--data", small_store, "--cycles", "5", *FAST]
     calm, torn = str(tmp_path / "calm"), str(tmp_path / "torn")
@@ -33,7 +33,7 @@ def test_a_run_killed_at_five_points_ends_equal_to_an_undisturbed_one(small_stor
     assert "mean of the last 5 cycles" in again.stdout
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("mode", "point"), [("byproduct", "evaluate@2"), ("overlapped", "train@2")])
 def test_scores_of_every_source_survive_a_kill(small_store, tmp_path, mode, point):
     """What the next selection needs is in the ledger: by-product visits, and the weights of two cycles ago."""
@@ -48,7 +48,7 @@ def test_scores_of_every_source_survive_a_kill(small_store, tmp_path, mode, poin
     assert scored == ([128, 37, 37, 37] if mode == "byproduct" else [128] * 4)  # 24 visited and 13 oldest
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_signal_lets_the_cycle_commit_and_releases_the_run(small_store, tmp_path):
     out, seen = tmp_path / "run", 0
     flags = ["--data", small_store, "--cycles", "40", "--run", str(out), *FAST]
@@ -68,7 +68,7 @@ def test_a_signal_lets_the_cycle_commit_and_releases_the_run(small_store, tmp_pa
     assert verify(ledger, Store.open(small_store).split("train")) == []
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_two_arms_make_a_summary_and_a_report(small_store, tmp_path):
     out = tmp_path / "run"
     done = run(
@@ -127,7 +127,7 @@ def test_two_arms_make_a_summary_and_a_report(small_store, tmp_path):
     assert "select.strategy: 'entropy' there, 'uniform' now" in error_line(refused)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("arch", ["unet", "efficientunet-b4"])  # b0 commits two in the test above
 def test_every_architecture_commits_a_cycle(small_store, tmp_path, arch):
     run("train", "--data", small_store, "--run", str(tmp_path / "r"), "--cycles", "1", "--arch", arch, "--select.tiles", "4",
@@ -137,7 +137,7 @@ def test_every_architecture_commits_a_cycle(small_store, tmp_path, arch):
     assert manifest.record["val"]["counts"]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_bad_tiles_beyond_the_budget_end_the_run_with_code_4(damaged_store, tmp_path):
     uri, victim = damaged_store
     flags = ["--data", uri, "--cycles", "1", *FAST]

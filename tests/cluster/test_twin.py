@@ -14,7 +14,7 @@ from raysed.io.ledger import Ledger, verify
 from raysed.io.storage import Storage
 from raysed.io.store import Store
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 STOP_SECONDS = 60
 
 
