@@ -4,6 +4,7 @@ python jobs/report.py RUN                 rebuild cycles.jsonl, summary.json and
 python jobs/report.py RUN --verify        replay every selection, check every hash (exit 4 if something does not hold)
 python jobs/report.py --diff RUN OTHER    exit 0 if they are equal but for seconds and names, 1 if not
 python jobs/report.py RUN --results DIR   small text and figure files of the run, for keeping in a repository
+python jobs/report.py --compare DIR       tables, figures and summary.json of jobs/compare.py: its RUN, or its folder of result files
 
 RUN is a local path or s3://bucket/prefix; a run with a baseline is taken with both arms.
 """
@@ -12,10 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from raysed.cli import Parser, main
+from raysed.compare import collect_all
 from raysed.errors import DataError, UsageError
+from raysed.experiments import COMPARED
 from raysed.io.ledger import difference, verify
 from raysed.io.storage import Storage
 from raysed.io.store import Store
+from raysed.report.comparison import write_comparison
 from raysed.report.html import write_report
 from raysed.report.results import result_files
 from raysed.report.summary import arms_of, table, write_summary
@@ -27,12 +31,18 @@ def job(argv: Sequence[str]) -> int:
     parser.add_argument("--verify", action="store_true", help="check hashes and replay selections")
     parser.add_argument("--diff", nargs=2, metavar=("RUN", "OTHER"), help="compare two runs")
     parser.add_argument("--results", metavar="DIR", help="folder for summary, cycles, table and figures")
+    parser.add_argument("--compare", metavar="DIR", help="report the paper's comparison")
     parser.add_argument(
         "--data", metavar="URI", help="tile store to verify with, if it has moved since the run"
     )
     args = parser.parse(argv)
-    if args.diff and (args.run or args.verify or args.results):
+    if args.diff and (args.run or args.verify or args.results or args.compare):
         raise UsageError("--diff takes two runs and goes with nothing else")
+    if args.compare and (args.run or args.verify or args.results):
+        raise UsageError("--compare takes the folder of a comparison and goes with nothing else")
+    if args.compare:
+        print(write_comparison(collect_all(Storage(args.compare)), COMPARED))
+        return 0
     if args.diff:
         return compare(*args.diff)
     if not args.run:

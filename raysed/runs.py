@@ -38,23 +38,14 @@ def run_experiment(doc: str | None, argv: Sequence[str], start: Experiment) -> i
     for flag, value in (("--tiles-per-second", args.tiles_per_second), ("--price", args.price)):
         if value is not None and (value <= 0 or not args.dry_run):
             raise UsageError(f"{flag} must be positive and goes with --dry-run, got {value:g}")
-    if experiment.data.uri is None:
-        say(
-            f"no --data and no RAYSED_DATA: taking the preset {preset} on the synthetic world in {DEMO_STORE}"
-        )
-        prepare_synthetic(DEMO_STORE, scenes=DEMO_SCENES, tile=DEMO_TILE, say=say)
-        experiment = replace(experiment, data=replace(experiment.data, uri=DEMO_STORE))
+    experiment = with_data(experiment, preset)
     if experiment.run is None:
         name = (
             preset
             or f"{experiment.model.arch}-{experiment.select.strategy}-seed{experiment.seed}".replace(":", "-")
         )
         experiment = replace(experiment, run=f"runs/{name}")
-    experiment = replace(
-        experiment,
-        run=Storage(str(experiment.run)).uri,
-        data=replace(experiment.data, uri=Storage(str(experiment.data.uri)).uri),
-    )
+    experiment = replace(experiment, run=Storage(str(experiment.run)).uri)
     say(f"run {experiment.run}  data {experiment.data.uri}")
     if args.dry_run:
         dry_run(experiment, tiles_per_second=args.tiles_per_second, price=args.price, say=say)
@@ -66,3 +57,15 @@ def run_experiment(doc: str | None, argv: Sequence[str], start: Experiment) -> i
     say(f"report   {write_report(run)}")
     say(f"curves   tensorboard --logdir {run.uri}")
     return code
+
+
+def with_data(experiment: Experiment, preset: str | None) -> Experiment:
+    """The experiment with the absolute URI of its tile store; without one the demo's world is made, once."""
+    uri = experiment.data.uri
+    if uri is None:
+        uri = DEMO_STORE
+        say(
+            f"no --data and no RAYSED_DATA: taking the preset {preset} on the synthetic world in {DEMO_STORE}"
+        )
+        prepare_synthetic(DEMO_STORE, scenes=DEMO_SCENES, tile=DEMO_TILE, say=say)
+    return replace(experiment, data=replace(experiment.data, uri=Storage(uri).uri))

@@ -98,8 +98,11 @@ class Clock:
 def run(config: dict[str, Any]) -> None:
     """The training function of every rank: all arms, one after the other."""
     setup: Setup = config["setup"]
+    if ray.get(setup.monitor.has_failed.remote()):
+        return  # Ray restarts a group whose ranks raised; this error would only come again
     quiet_data()
-    first = ray.train.get_context().get_world_rank() == 0
+    context = ray.train.get_context()
+    first = context.get_world_rank() == 0
     try:
         if first:
             setup.monitor.post.remote({"kind": "started"})
@@ -110,8 +113,11 @@ def run(config: dict[str, Any]) -> None:
             if not Worker(setup, arm, threads).run():
                 break
     except RaysedError as error:
-        setup.monitor.post.remote({"kind": "failed", "exit_code": error.exit_code, "text": str(error)})
-        raise
+        failed = {"kind": "failed", "exit_code": error.exit_code, "text": str(error)}
+        ray.get(setup.monitor.post.remote(failed))
+        if context.get_world_size() > 1:
+            raise  # other ranks may wait for this one in a collective: only an error frees them
+        return
     if first:
         ray.get(setup.monitor.post.remote({"kind": "done"}))
 
@@ -160,7 +166,7 @@ class Worker:
         stop = False
         try:
             for cycle in range(start, self.exp.cycles):
-                stop = self._first(lambda: ray.get(self.setup.monitor.should_stop.remote()))
+                stop = self._first(lambda c=cycle: ray.get(self.setup.monitor.should_stop.remote(c)))
                 if stop:
                     break
                 self._cycle(cycle, steps)

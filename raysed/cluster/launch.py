@@ -6,11 +6,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+import ray.exceptions
 import ray.train
 from ray.actor import ActorHandle
 from ray.train.torch import TorchTrainer
@@ -27,7 +28,7 @@ from raysed.config import Experiment
 from raysed.core import networks
 from raysed.core.acquisition import STRATEGIES
 from raysed.errors import RaysedError, ResourcesError, UsageError
-from raysed.io.ledger import Lease, Ledger
+from raysed.io.ledger import Lease, Ledger, Manifest
 from raysed.io.provenance import environment
 from raysed.io.storage import Storage
 from raysed.io.store import Store
@@ -39,6 +40,8 @@ TRAIN_SETTINGS = {
 """Ray Train reads these where `fit` is called; what the user has set stands."""
 RESTARTS = 3
 """Times Ray restarts the worker group after a lost worker or node."""
+ENDING_SECONDS = 60.0
+"""How long the workers of a run that has failed may take to give the cluster back."""
 
 
 def arms_of(experiment: Experiment) -> list[tuple[str, Experiment]]:
@@ -65,11 +68,22 @@ def launch(experiment: Experiment, *, say: Callable[[str], None], hold: str | No
     Raises:
         RaysedError: with its exit code.
     """
+    return carry_out(experiment, Stopper(), say=say, hold=hold)
+
+
+def carry_out(
+    experiment: Experiment,
+    stopper: "Stopper | Stepper",
+    *,
+    say: Callable[[str], None],
+    hold: str | None = None,
+) -> int:
+    """`launch` under a stopper: signals for a job, a stepper for a trial of a sweep."""
     arms = arms_of(experiment)
     store = Store.open(str(experiment.data.uri))
     check_data(experiment, store, say)
     with ExitStack() as stack:
-        stopper = stack.enter_context(Stopper())
+        stack.enter_context(stopper)
         held = []
         for name, arm in arms:
             lease = stack.enter_context(Lease(Storage(str(arm.run))))
@@ -96,7 +110,7 @@ def _run(
     *,
     say: Callable[[str], None],
     hold: str | None,
-    stopper: "Stopper",
+    stopper: "Stopper | Stepper",
 ) -> None:
     """Start the actors and the trainer, watch until they end."""
     connect()
@@ -106,7 +120,7 @@ def _run(
     scorers = scorer_count(experiment, device) if any(_scores(a.experiment) for a in held) else 0
     check_resources(experiment, device, scorers)
     watcher: Any = ray.remote(Monitor).options(num_cpus=0, max_concurrency=8, scheduling_strategy=_here())
-    monitor = watcher.remote(scorers)
+    monitor = watcher.remote(scorers, stopper.allowed)
     pool = _start_scorers(experiment, store, device, scorers)
     setup = Setup(held, pool, monitor, device, environment(), hold)
     boards, committed = {}, {}
@@ -115,12 +129,16 @@ def _run(
         manifests = Ledger(run).manifests()
         boards[arm.name], committed[arm.name] = TensorBoard(run, manifests), len(manifests)
     progress = Progress([(a.name, a.experiment) for a in held], committed, say)
-    stopper.monitor = monitor
-    Watch(monitor, progress, boards, say).over(_trainer(experiment, setup), experiment.cluster.wait_nodes)
-    for board in boards.values():
-        board.close()
-    for actor in (*pool, monitor):
-        ray.kill(actor)
+    stopper.take(monitor)
+    try:
+        Watch(monitor, progress, boards, say, stopper.cycle).over(
+            _trainer(experiment, setup), experiment.cluster.wait_nodes
+        )
+    finally:
+        for board in boards.values():
+            board.close()
+        for actor in (*pool, monitor):
+            ray.kill(actor)
 
 
 def _scores(experiment: Experiment) -> bool:
@@ -265,7 +283,10 @@ class Watch:
     progress: Progress
     boards: dict[str, TensorBoard]
     say: Callable[[str], None]
+    on_cycle: Callable[[Manifest], None]
     started: bool = False
+    failed: RaysedError | None = None
+    failed_at: float = 0.0
 
     def over(self, trainer: TorchTrainer, patience: float) -> None:
         """Watch a trainer until it ends.
@@ -293,6 +314,8 @@ class Watch:
                 self._handle(event)
             if over and not events:
                 break
+            if self.failed and time.monotonic() - self.failed_at > ENDING_SECONDS:
+                break
             if not self.started and time.monotonic() - began > patience:
                 free = ", ".join(
                     f"{v:g} {k}" for k, v in ray.available_resources().items() if k in ("CPU", "GPU")
@@ -301,6 +324,8 @@ class Watch:
                     f"the training workers did not start within {patience:.0f} s, the cluster has {free or 'no CPU'} free: wait "
                     "until other jobs have ended, or raise --cluster.wait-nodes"
                 )
+        if self.failed:
+            raise self.failed
         if ended[0] is not None:
             raise ended[0]
 
@@ -313,15 +338,20 @@ class Watch:
         elif event["kind"] == "cycle":
             self.progress.cycle(event["arm"], event["manifest"])
             self.boards[event["arm"]].cycle(event["manifest"])
-        elif event["kind"] == "failed":
+            self.on_cycle(event["manifest"])
+        elif event["kind"] == "failed" and not self.failed:
             kinds = {c.exit_code: c for c in RaysedError.__subclasses__()}
-            raise kinds.get(event["exit_code"], RaysedError)(event["text"])
+            self.failed = kinds.get(event["exit_code"], RaysedError)(event["text"])
+            self.failed_at = time.monotonic()
 
 
 class Stopper:
     """Ctrl-C and SIGTERM: while cycles run, the first one lets the cycle end and commit; before, or a second time, the job ends
     at once, and what is committed stands.
     """
+
+    allowed: int | None = None
+    """Cycles that may run before somebody allows more; None is all."""
 
     def __init__(self) -> None:
         self.caught = 0
@@ -344,8 +374,93 @@ class Stopper:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def take(self, monitor: ActorHandle) -> None:
+        """The cycles are about to run."""
+        self.monitor = monitor
+
+    def cycle(self, manifest: Manifest) -> None:
+        """A cycle is committed."""
+
     def _stop(self, number: int, _: Any) -> None:
         if self.caught or self.monitor is None:
             raise SystemExit(errors.EXIT_INTERRUPTED[number])
         self.caught = number
-        self.monitor.stop.remote()
+        self.monitor.allow.remote(None, stop=True)
+
+
+class Stepper:
+    """Runs an experiment in a thread and hands out its cycles one by one: no cycle begins before it is asked for, so that a run
+    that is stopped between two cycles has done nothing in vain and gives the cluster back at once.
+
+    Args:
+        experiment: with `run` and `data.uri` set.
+        cycle: the first one that will be asked for.
+        say: prints a line.
+    """
+
+    caught = 0
+
+    def __init__(self, experiment: Experiment, cycle: int, say: Callable[[str], None]) -> None:
+        self.allowed: int | None = cycle
+        self._monitor: ActorHandle | None = None
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._last: Manifest | None = None
+        self._ended: list[BaseException | None] = []
+
+        def work() -> None:
+            try:
+                carry_out(experiment, self, say=say)
+                error = None
+            except BaseException as raised:  # handed to whoever asks for the next cycle
+                error = raised
+            with self._changed:
+                self._ended.append(error)
+                self._changed.notify_all()
+
+        self._thread = threading.Thread(target=work, daemon=True, name="raysed-steps")
+        self._thread.start()
+
+    def __enter__(self) -> "Stepper":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def take(self, monitor: ActorHandle) -> None:
+        """The cycles are about to run."""
+        with self._changed:
+            self._monitor = monitor
+            self._tell()
+
+    def cycle(self, manifest: Manifest) -> None:
+        """A cycle is committed."""
+        with self._changed:
+            self._last = manifest
+            self._changed.notify_all()
+
+    def step(self, cycle: int) -> Manifest:
+        """Let a cycle run and wait until it is committed.
+
+        Raises:
+            RaysedError: what ended the run instead.
+        """
+        with self._changed:
+            self.allowed = cycle + 1
+            self._tell()
+            self._changed.wait_for(lambda: self._ended or (self._last and self._last.cycle >= cycle))
+            if self._last and self._last.cycle >= cycle:
+                return self._last
+        raise self._ended[0] or RaysedError(f"{cycle} cycles are committed and the run has ended")
+
+    def stop(self) -> None:
+        """End the run after the cycle that is running, if one is, and wait until its actors are gone."""
+        with self._changed:
+            self._stopping = True
+            self._tell()
+        self._thread.join()
+
+    def _tell(self) -> None:
+        if self._monitor and not self._ended:
+            with suppress(ray.exceptions.RayActorError):  # killed: the run is ending by itself
+                ray.get(self._monitor.allow.remote(self.allowed, stop=self._stopping))

@@ -48,16 +48,17 @@ class Monitor:
 
     Args:
         scorers: how many there are, for the gauge.
+        allowed: cycles that may run before somebody allows more; None is all.
     """
 
-    def __init__(self, scorers: int) -> None:
+    def __init__(self, scorers: int, allowed: int | None = None) -> None:
         from ray.util.metrics import Gauge
 
         self.gauges = {name: Gauge(name, text, tag_keys=("arm", "phase")) for name, text in GAUGES.items()}
         self.scorers = scorers
         self.events: list[dict[str, Any]] = []
         self.changed = threading.Condition()
-        self.stopping = False
+        self.allowed, self.stopping = allowed, False
 
     def post(self, event: dict[str, Any]) -> None:
         """Add an event."""
@@ -74,11 +75,21 @@ class Monitor:
             self.changed.wait_for(lambda: len(self.events) > seen, timeout)
             return self.events[seen:]
 
-    def stop(self) -> None:
-        self.stopping = True
+    def allow(self, cycles: int | None, *, stop: bool) -> None:
+        """So many cycles may run, and none after this one if the run is to stop."""
+        with self.changed:
+            self.allowed, self.stopping = cycles, self.stopping or stop
+            self.changed.notify_all()
 
-    def should_stop(self) -> bool:
-        return self.stopping
+    def should_stop(self, cycle: int) -> bool:
+        """Whether a cycle must not run any more; waits until it may or must not."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.stopping or self.allowed is None or cycle < self.allowed)
+            return self.stopping
+
+    def has_failed(self) -> bool:
+        """Whether a rank has posted the error that ends the run."""
+        return any(e["kind"] == "failed" for e in self.events)
 
 
 class Progress:

@@ -77,6 +77,36 @@ def augment(
     return pixels, np.ascontiguousarray(label)
 
 
+def disturb(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    noise_variance: float = 0.0,
+    hue: float = 0.0,
+    saturation: float = 0.0,
+    value: float = 0.0,
+) -> np.ndarray:
+    """A tile under noise and other colours of fixed strength: what a network should bear.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        rng: the tile's own generator; it draws the noise and the sign of each shift.
+        noise_variance: of Gaussian noise, image in 0..1.
+        hue: degrees, either way.
+        saturation, value: of 0..1, either way.
+
+    Returns:
+        (H, W, 3) float32 RGB in [0, 1].
+    """
+    pixels = image.astype(np.float32) / np.float32(255)
+    signs = rng.choice([-1.0, 1.0], 3)
+    if noise_variance:
+        pixels = add_noise(pixels, rng.standard_normal(pixels.shape, np.float32), noise_variance)
+    if hue or saturation or value:
+        pixels = shift_hsv(pixels, *(signs * [hue, saturation, value]))
+    return pixels
+
+
 def to_uint8(pixels: np.ndarray) -> np.ndarray:
     """[0, 1] float to uint8, rounded: how a tile travels to the network (the rounding, 1/510 at most, drowns in the noise)."""
     return np.rint(pixels * 255).astype(np.uint8)

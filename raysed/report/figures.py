@@ -23,7 +23,7 @@ from raysed.io.ledger import Manifest
 Arms = dict[str, list[Manifest]]
 WINDOW = 10
 """Cycles of the moving average, as in the paper's figures."""
-ARM_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+ARM_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 POOL_COLOR = "#999999"
 PHASES = {
     "score": "#882255",

@@ -1,0 +1,138 @@
+"""The paper's comparison: its five runs one after the other, then tables and figures of all of them."""
+
+import os
+from collections.abc import Iterator, Sequence
+
+from raysed import cli
+from raysed.cluster.estimate import dry_run
+from raysed.cluster.launch import launch
+from raysed.config import Experiment, with_overrides
+from raysed.errors import DivergedError, UsageError
+from raysed.experiments import COMPARED
+from raysed.io.ledger import Ledger
+from raysed.io.storage import Storage
+from raysed.io.store import Store
+from raysed.report import runfile
+from raysed.report.comparison import write_comparison
+from raysed.report.runfile import RunFile
+from raysed.runs import say, with_data
+
+OWN = ("model.arch", "select.strategy", "seed", "baseline")
+"""Fields that the runs of a comparison fix themselves."""
+
+
+def compare(doc: str | None, argv: Sequence[str]) -> int:
+    """Parse flags, do all runs that are left, report; the job's exit code."""
+    parser = cli.experiment_parser(doc, Experiment())
+    parser.add_argument("--seeds", default="0", metavar="N,N", help="seeds of every run (default: 0)")
+    parser.add_argument("--only", metavar="NAME,NAME", help=f"of {', '.join(COMPARED)} (default: all five)")
+    parser.add_argument(
+        "--results", metavar="URI", help="folder of result files, tables and figures (default: RUN/results)"
+    )
+    args = parser.parse(argv)
+    for name in OWN:
+        if getattr(args, name) is not None:
+            raise UsageError(f"{name} is what the runs differ in: choose with --only, and seeds with --seeds")
+    names, seeds = _names(args.only), _seeds(args.seeds)
+    base, preset = cli.parse_experiment(args, Experiment())
+    base = with_data(base, preset)
+    root = Storage(base.run or f"runs/compare-{preset or 'paper'}")
+    results = Storage(args.results) if args.results else root.at("results")
+    store = Store.open(str(base.data.uri))
+    say(f"runs {root.uri}  data {base.data.uri}  results {results.uri}")
+    code = 0
+    for name, experiment in plan(base, root, names, seeds):
+        label = runfile.file_of(name, experiment.seed)
+        if _is_finished(results, label, experiment, store):
+            say(f"{label}: finished")
+            continue
+        if args.dry_run:
+            say(f"\n{name}, seed {experiment.seed}")
+            dry_run(experiment, tiles_per_second=args.tiles_per_second, price=args.price, say=say)
+            continue
+        say(f"\n{name}, seed {experiment.seed}: {experiment.run}")
+        try:
+            code = launch(experiment, say=say, hold=os.environ.get("RAYSED_HOLD")) or code
+        except DivergedError as error:
+            say(f"{name}, seed {experiment.seed}, goes no further: {error}")
+            code = error.exit_code
+        found = runfile.collect(Storage(str(experiment.run)), name, experiment.seed, store)
+        results.write(found.path, found.to_bytes())
+        if code in (130, 143):
+            return code
+    if not args.dry_run:
+        say("\n" + write_comparison(results, COMPARED))
+    return code
+
+
+def plan(
+    base: Experiment, root: Storage, names: Sequence[str], seeds: Sequence[int]
+) -> Iterator[tuple[str, Experiment]]:
+    """(name, experiment) of each run, all names of a seed before the next seed."""
+    for seed in seeds:
+        for name in names:
+            run = root.at(runfile.file_of(name, seed).removesuffix(".jsonl")).uri
+            common = {"run": run, "seed": seed, "baseline": False, "select.strategy": "uniform"}
+            yield name, with_overrides(base, {**common, **COMPARED[name].fields}, name)
+
+
+def _is_finished(results: Storage, path: str, experiment: Experiment, store: Store) -> bool:
+    """A run is finished when its result file says so, whatever is left of its directory.
+
+    Raises:
+        UsageError: the file is of another configuration or data set.
+    """
+    if not results.exists(path):
+        return False
+    found: RunFile = runfile.read(results, path)
+    if found.facts["data"]["hash"] != store.dataset.content_hash:
+        raise UsageError(
+            f"{results.uri}/{path} ran on data set {found.facts['data']['hash'][:12]}, the store is "
+            f"{store.dataset.content_hash[:12]}: choose another --run and --results"
+        )
+    return found.is_finished(experiment)
+
+
+def collect_all(root: Storage) -> Storage:
+    """Renew the result files of all run directories below a comparison's root; where the result files are.
+
+    A folder that holds no run directories is one of result files already.
+    """
+    found = []
+    for name in COMPARED:
+        for path in root.list():
+            head, _, rest = path.partition("/")
+            if (
+                rest == "config.json"
+                and head.startswith(f"{name}-seed")
+                and head.rpartition("seed")[2].isdigit()
+            ):
+                found.append((name, head))
+    if not found:
+        return root
+    results = root.at("results")
+    for name, head in found:
+        ledger = Ledger(root.at(head))
+        experiment, _ = ledger.config()
+        if results.exists(f"{head}.jsonl"):
+            before = runfile.read(results, f"{head}.jsonl")
+            if len(before.cycles) == len(ledger.manifests()) and before.is_finished(experiment):
+                continue
+        seed = int(head.rpartition("seed")[2])
+        record = runfile.collect(root.at(head), name, seed, Store.open(str(experiment.data.uri)))
+        results.write(record.path, record.to_bytes())
+    return results
+
+
+def _names(text: str | None) -> list[str]:
+    names = text.split(",") if text else list(COMPARED)
+    if unknown := [n for n in names if n not in COMPARED]:
+        raise UsageError(f"--only takes {', '.join(COMPARED)}, got {unknown[0]!r}")
+    return names
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(s) for s in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--seeds must be whole numbers with commas between, got {text!r}") from None

@@ -1,0 +1,132 @@
+"""The small result file of one run of a comparison: all that tables and figures need, when weights are long gone.
+
+JSON lines: first the facts of the run (name, seed, configuration, data set, environment, network, robustness), then a line a
+cycle with the manifest's own numbers and the sha256 of the manifest that they come from.
+"""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from raysed.config import Experiment
+from raysed.errors import DataError, UsageError
+from raysed.io.ledger import Ledger, Manifest, config_hash, folder
+from raysed.io.storage import Storage, digest
+from raysed.io.store import Store
+from raysed.report.robustness import network_facts, robustness
+
+FORMAT = 1
+_KEPT = ("strategy", "tiles", "quarantined", "train", "val", "scores", "seconds")
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """A run of a comparison."""
+
+    name: str
+    """Of the experiment, such as b0-active."""
+    seed: int
+    facts: dict[str, Any]
+    """config, config_hash, data {name, hash, train, val, tile_size}, environment, device, precision, workers, threads; after the
+    last cycle also network {parameters, forward_ms, ...} and robustness {condition: scores}."""
+    cycles: list[Manifest] = field(default_factory=list)
+    """With no files but the digest of the manifest itself."""
+
+    @property
+    def path(self) -> str:
+        return file_of(self.name, self.seed)
+
+    def is_finished(self, experiment: Experiment) -> bool:
+        """Whether this is all of that experiment.
+
+        Raises:
+            UsageError: it is of another configuration, with the difference.
+        """
+        then = Experiment.from_dict(self.facts["config"], self.path)
+        if config_hash(then) != config_hash(experiment):
+            differs = [
+                f"{k}: {a!r} there, {b!r} now"
+                for k, (a, b) in then.differences(experiment).items()
+                if not k.startswith(("run", "cluster.", "data.", "baseline", "allow"))
+            ]
+            raise UsageError(
+                f"{self.path} holds a run of another configuration ({'; '.join(differs)}): choose another --run and --results"
+            )
+        return len(self.cycles) >= experiment.cycles and "robustness" in self.facts
+
+    def to_bytes(self) -> bytes:
+        """The file."""
+        head = {"format": FORMAT, "name": self.name, "seed": self.seed, **self.facts}
+        lines = [
+            {"cycle": m.cycle, "manifest": m.files["manifest.json"]["sha256"], **m.record}
+            for m in self.cycles
+        ]
+        return "".join(json.dumps(line) + "\n" for line in (head, *lines)).encode()
+
+
+def file_of(name: str, seed: int) -> str:
+    """Name of a run's directory and, with an ending, of its result file."""
+    return f"{name}-seed{seed}.jsonl"
+
+
+def read(storage: Storage, path: str) -> RunFile:
+    """A result file.
+
+    Raises:
+        DataError: not one of this version.
+    """
+    try:
+        head, *lines = [json.loads(line) for line in storage.read(path).splitlines()]
+        if head.pop("format") != FORMAT:
+            raise ValueError(f"not format {FORMAT}")
+        name, seed = head.pop("name"), head.pop("seed")
+        cycles = [
+            Manifest(line.pop("cycle"), {"manifest.json": {"sha256": line.pop("manifest"), "bytes": 0}}, line)
+            for line in lines
+        ]
+    except (ValueError, KeyError, AttributeError) as error:
+        raise DataError(f"{storage.uri}/{path} is not a result file of a run ({error}): remove it") from error
+    return RunFile(name, seed, head, cycles)
+
+
+def collect(run: Storage, name: str, seed: int, store: Store) -> RunFile:
+    """What a run directory holds so far; after its last cycle its network is measured too, which takes minutes.
+
+    Raises:
+        UsageError: no run there.
+    """
+    ledger = Ledger(run)
+    experiment, dataset_hash = ledger.config()
+    manifests = ledger.manifests()
+    config = experiment.to_dict()
+    config["run"] = config["data"]["uri"] = None
+    facts: dict[str, Any] = {
+        "config": config,
+        "data": {
+            "name": store.dataset.name,
+            "hash": dataset_hash,
+            "tile_size": store.dataset.tile_size,
+            "train": len(store.split("train")),
+            "val": len(store.split("val")),
+        },
+    }
+    if manifests:
+        record = manifests[-1].record
+        facts |= {k: record[k] for k in ("environment", "device", "precision", "workers", "threads")}
+    if len(manifests) >= experiment.cycles:
+        facts["network"] = network_facts(experiment, store)
+        facts["robustness"] = robustness(ledger, manifests[-1], store)
+    cycles = [
+        Manifest(
+            m.cycle,
+            {
+                "manifest.json": {
+                    "sha256": digest(run.read(f"{folder(m.cycle)}/manifest.json")),
+                    "bytes": 0,
+                }
+            },
+            {k: m.record[k] for k in _KEPT},
+        )
+        for m in manifests
+    ]
+    return RunFile(name, seed, facts, cycles)
