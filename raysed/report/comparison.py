@@ -244,6 +244,8 @@ def tables(rows: list[Row], runs: Sequence[RunFile]) -> str:
     table2 = [[c, *(look.either(n, f"iou/{c}", kind) for n, kind in both)] for c in classes]
     for label, metric, digits in (("mean", "mean", 4), ("variance, squared points", "variance", 2), ("std / mean", "cv", 3), ("worst class", "worst", 4)):  # fmt: skip
         table2.append([label, *(look.either(n, f"class_iou_{metric}", kind, digits) for n, kind in both)])
+    worst = {n: min(classes, key=lambda c: look.number(n, f"iou/{c}")) for n in names}
+    table2.append(["which", *(worst[n] if kind == "here" else "" for n, kind in both)])
     phases = [p for p in (*figures.PHASES, "total") if any(look.mean(n, f"seconds/{p}") for n in names)]
     seconds = [
         [
@@ -305,6 +307,11 @@ class _Look:
             if len(known) == 1 or min(known) == max(known)
             else f"{text} ({min(known):.{digits}f} to {max(known):.{digits}f})"
         )
+
+    def number(self, name: str, metric: str) -> float:
+        """Mean over seeds; infinite if none is known."""
+        known = [r["value"] for r in self.found[name, metric] if r["value"] is not None]
+        return float(np.mean(known)) if known else float("inf")
 
     def paper(self, name: str, metric: str, digits: int = 4) -> str:
         known = [r["paper"] for r in self.found.get((name, metric), []) if r["paper"] is not None]

@@ -176,6 +176,50 @@ def share_bars(pool: dict[str, float], arms: dict[str, dict[str, float]], title:
     return _svg(figure)
 
 
+@_STYLE
+def parallel_coordinates(
+    points: Sequence[Mapping[str, float]], logarithmic: Sequence[str], kept: Sequence[bool], base: int | None
+) -> str:
+    """One line a point over one axis a name; the last axis is the score and gives the colour.
+
+    Args:
+        points: name -> value, the same names in each.
+        logarithmic: names whose axis is logarithmic.
+        kept: whether a point's line is drawn solid.
+        base: the point to compare with, drawn black.
+    """
+    names = list(points[0])
+    values = np.array([[p[n] for n in names] for p in points], float)
+    for k, name in enumerate(names):
+        if name in logarithmic:
+            values[:, k] = np.log10(values[:, k])
+    low, high = values.min(0), values.max(0)
+    heights = (values - low) / np.where(high > low, high - low, 1)
+    figure = _figure(1.9 * len(names), 3.4, fixed_margins=False)
+    axes = _axes(figure, 1, 1)[0]
+    for k, line in sorted(enumerate(heights), key=lambda v: (v[0] == base, v[1][-1])):
+        color = "#000000" if k == base else mpl.colormaps["viridis"](line[-1])
+        axes.plot(
+            line,
+            color=color,
+            linewidth=2.2 if k == base else 1.4,
+            linestyle="-" if kept[k] else (0, (2, 2)),
+            alpha=1 if kept[k] else 0.6,
+            marker=".",
+        )
+    for k, name in enumerate(names):
+        axes.axvline(k, color=_GREY, linewidth=0.8)
+        for height, value in ((-0.03, low[k]), (1.03, high[k])):
+            shown = 10**value if name in logarithmic else value
+            axes.text(k, height, f"{shown:.3g}", ha="center", va="top" if height < 0 else "bottom")
+    axes.set_xticks(range(len(names)), names)
+    axes.set_yticks([])
+    axes.set_ylim(-0.12, 1.12)
+    axes.spines[:].set_visible(False)
+    axes.grid(visible=False)
+    return _svg(figure)
+
+
 def _curves(
     arms: Arms,
     panels: Sequence[tuple[str, tuple[str, ...]]],

@@ -83,5 +83,5 @@ def network_facts(experiment: Experiment, store: Store) -> dict[str, Any]:
     return {
         "parameters": sum(p.numel() for p in net.parameters() if p.requires_grad),
         "forward_ms": 1000 * float(np.median(took[1:])),
-        "forward_on": f"CPU, {torch.get_num_threads()} threads, fp32, one tile of {side} px",
+        "forward_on": f"CPU, threads {torch.get_num_threads()}, fp32, one tile of {side} px",
     }

@@ -3,7 +3,7 @@ import colorsys
 import numpy as np
 import pytest
 
-from raysed.core.augment import add_noise, augment, shift_hsv, to_uint8, turn
+from raysed.core.augment import add_noise, augment, disturb, shift_hsv, to_uint8, turn
 from raysed.core.randomness import keyed_rng
 
 
@@ -77,3 +77,16 @@ def test_nothing_switched_on_changes_nothing():
         "max_value_shift": 0,
     }
     assert np.array_equal(to_uint8(augment(pixels, label, keyed_rng("x"), **off)[0]), pixels)
+
+
+def test_a_disturbance_has_the_strength_asked_for_and_is_the_tiles_own():
+    pixels = np.full((64, 64, 3), (50, 200, 100), np.uint8)
+    noisy = disturb(pixels, keyed_rng("x"), noise_variance=0.0025)
+    assert (noisy - pixels / 255).std() == pytest.approx(0.05, rel=0.05)
+    assert np.array_equal(noisy, disturb(pixels, keyed_rng("x"), noise_variance=0.0025))
+    hues = {
+        round(colorsys.rgb_to_hsv(*map(float, disturb(pixels, keyed_rng(k), hue=20)[0, 0]))[0] * 360 - 140)
+        for k in range(20)
+    }
+    assert hues == {-20, 20}
+    assert np.array_equal(to_uint8(disturb(pixels, keyed_rng("x"))), pixels)
