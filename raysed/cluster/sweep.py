@@ -322,8 +322,6 @@ def _tuner(
                     "val_loss": "val loss",
                     "seconds": "s a cycle",
                 },
-                metric="miou",
-                mode="max",
                 sort_by_metric=True,
                 max_report_frequency=REPORT_SECONDS,
             ),

@@ -78,9 +78,7 @@ def sweep_files(trials: Sequence[TrialResult]) -> dict[str, str]:
     """
     best, base = best_of(trials), trials[0]
     shown = [t for t in trials if t.manifests]
-    points = [
-        {**t.values, f"miou after {len(base.manifests)} cycles or before": t.score or 0.0} for t in shown
-    ]
+    points = [{**t.values, f"miou, last {LAST} cycles": t.score or 0.0} for t in shown]
     return {
         "table.md": table(trials),
         "parallel.svg": parallel_coordinates(
