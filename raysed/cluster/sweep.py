@@ -312,6 +312,9 @@ def _tuner(
             name="sweep",
             storage_path=folder,
             stop=Signals(),
+            checkpoint_config=tune.CheckpointConfig(
+                checkpoint_at_end=False
+            ),  # a trial's ledger is its checkpoint
             callbacks=[Book(base, say)],
             verbose=1,
             progress_reporter=tune.CLIReporter(
