@@ -424,6 +424,9 @@ class Stepper:
     def __enter__(self) -> "Stepper":
         return self
 
+    def arm(self) -> None:
+        """Signals belong to the sweep."""
+
     def __exit__(self, *_: object) -> None:
         pass
 
