@@ -7,10 +7,12 @@ as its URI, so every process builds its own client: a pyarrow S3 filesystem lose
 import contextlib
 import hashlib
 import os
+import random
 import re
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
@@ -91,7 +93,11 @@ class Storage:
             parts = self._try(path, lambda: _pread(self._full(path), requests))
         else:
             file = self._try(path, lambda: self._open(self._full(path)))
-            parts = list(_pool().map(lambda r: self._try(path, lambda: file.read_at(r[1], r[0])), requests))
+
+            def fetched(offset: int, length: int) -> bytes:
+                return self._try(path, lambda: _patiently(lambda: file.read_at(length, offset)))
+
+            parts = list(_pool().map(lambda r: fetched(*r), requests))
         starts = [offset for offset, _ in requests]
         pieces = []
         for offset, length in spans:
@@ -175,8 +181,12 @@ class Storage:
     def _read(self, full: str) -> bytes:
         if self.is_local:
             return Path(full).read_bytes()
-        with self._arrow.open_input_stream(full) as stream:
-            return stream.read()
+
+        def whole() -> bytes:
+            with self._arrow.open_input_stream(full) as stream:
+                return stream.read()
+
+        return _patiently(whole)
 
     def _write(self, full: str, data: bytes) -> None:
         if self.is_local:
@@ -284,6 +294,18 @@ def _relative(path: str) -> str:
     if not path or "\\" in path or "\0" in path or any(p in ("", ".", "..") for p in parts):
         raise UsageError(f"path {path[:120]!r} does not stay below its root")
     return path
+
+
+def _patiently(read: Callable[[], _T]) -> _T:
+    """A read that is tried again where pyarrow gives up: an error answer (503 SlowDown, say) longer than the bytes asked for."""
+    for attempt in range(_ATTEMPTS - 1):
+        try:
+            return read()
+        except OSError as error:
+            if "Failed to flush response stream" not in str(error):
+                raise
+            time.sleep(random.uniform(0, 0.2 * 2**attempt))
+    return read()
 
 
 def _line(error: BaseException) -> str:
