@@ -28,6 +28,8 @@ from raysed.io.storage import Storage
 
 FORMAT = 1
 ROW_GROUP = 16
+REREADS = 2
+"""Times a tile is fetched again whose bytes have another hash: they may have changed on the way only."""
 _FIELDS = [
     pa.field("tile_id", pa.string()),
     pa.field("region", pa.string()),
@@ -277,6 +279,21 @@ def read_tiles(storage: Storage, locations: Sequence[dict], side: int) -> list[T
     Raises:
         StorageError: the store cannot be reached (that is no fault of a tile).
     """
+    tiles = _read_once(storage, locations, side)
+    for _ in range(REREADS):
+        changed = [
+            i
+            for i, t in enumerate(tiles)
+            if isinstance(t, BadTile) and t.sha256 not in ("", locations[i]["sha256"])
+        ]
+        if not changed:
+            break
+        for i, tile in zip(changed, _read_once(storage, [locations[i] for i in changed], side), strict=True):
+            tiles[i] = tile
+    return tiles
+
+
+def _read_once(storage: Storage, locations: Sequence[dict], side: int) -> list[Tile | BadTile]:
     wanted = defaultdict(list)
     for position, at in enumerate(locations):
         for kind in ("image", "label"):
