@@ -1,0 +1,374 @@
+"""Faults injected into small runs, each judged against the calm run's ledger.
+
+A fault strikes a process that is known to be busy: it waits at a gate (see `faulted.py`), or the proxy counts what it broke.  Then
+the same command is given again, if the job has ended, and the two ledgers must be equal, verify, and show every selected tile
+visited once.
+"""
+
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import pyarrow as pa
+
+from raysed.cluster.faulted import SPEC, forked
+from raysed.cluster.faultproxy import FaultProxy
+from raysed.cluster.local import LocalCluster, ObjectServer
+from raysed.core.synthetic import scene
+from raysed.core.tiles import OPENEARTHMAP, pixel_counts, tile_id
+from raysed.errors import RaysedError
+from raysed.io import codec, store
+from raysed.io.ledger import Ledger, difference, verify
+from raysed.io.storage import Storage
+from raysed.io.store import Store
+
+Verdict = Literal["survived", "lost", "not_promised"]
+CYCLES = 4
+PATIENCE = 150.0
+"""Seconds a job may take to reach its gate or its end: nothing may hang longer."""
+JOB = ("--arch", "unet:tu-test_resnet", "--workers", "2", "--cycles", str(CYCLES), "--select.tiles", "24", "--optim.batch", "8",
+       "--optim.micro-batch", "4", "--optim.lr", "1e-3", "--cluster.chunk", "16", "--cluster.wait-nodes", "60",
+       "--data.bad-tile-budget", "0.01", "--seed", "1")  # fmt: skip
+FAST_SIGNS = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "15"}
+"""How soon Ray Train gives a silent worker up; it would wait ten minutes otherwise."""
+
+
+class Lost(Exception):
+    """A promise was not kept; the text says which."""
+
+
+class Forked:
+    """A walk, forked from a server that has done the imports; looks like a `Popen`."""
+
+    def __init__(self, argv: list[str], environment: dict[str, str], log: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(
+            ["raysed.io.ledger", "raysed.io.store", "raysed.cli", forked.__module__]
+        )
+        self.process = context.Process(target=forked, args=(argv, environment, str(log)))
+        self.process.start()
+        assert self.process.pid
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float) -> int:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired("walk", timeout)
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
+Running = subprocess.Popen[bytes] | Forked
+
+
+@dataclass(frozen=True)
+class Row:
+    """One fault and what became of it."""
+
+    fault: str
+    detected_s: float | None
+    """From the injection until the job ended or its workers were started again; None if neither was needed."""
+    recovered_s: float | None
+    """From the injection until the next cycle was committed."""
+    steps_lost: int
+    """Training steps taken more than once."""
+    tiles_repeated: int
+    """Visits of tiles in those steps."""
+    verdict: Verdict
+    note: str
+
+
+def small_store(uri: str) -> None:
+    """160 tiles of 64 pixels, cut from 40 synthetic scenes; a fifth is validation."""
+    storage, rows, side = Storage(uri), [], 64
+    for number in range(40):
+        made = scene(0, number, side=2 * side)
+        name = f"{made.region}_{number}"
+        for row, col in itertools.product(range(2), range(2)):
+            window = slice(row * side, (row + 1) * side), slice(col * side, (col + 1) * side)
+            label = made.label[window]
+            rows.append({
+                "tile_id": tile_id(name, row, col), "region": made.region, "source": name, "row": row, "col": col,
+                "split": "val" if number % 5 == 4 else "train", "pixels": pixel_counts(label, 8).tolist(), "crs": None,
+                "transform": None, "scale": [1.0, 1.0], "image": codec.encode_image(made.image[window]),
+                "label": codec.encode_label(label),
+            })  # fmt: skip
+    parts = [rows[i : i + 64] for i in range(0, len(rows), 64)]
+    shards = [
+        store.write_shard(storage, f"shards/part-{k:05d}.parquet", part) for k, part in enumerate(parts)
+    ]
+    index = pa.concat_tables(shards)
+    store.finish(storage, name="small", classes=OPENEARTHMAP, ignore=(0,), tile_size=side, index=index)
+
+
+@dataclass
+class Bench:
+    """What the faults are tried on.
+
+    Args:
+        folder: for traces, logs and local runs.
+        data: URI of the tile store.
+        root: URI below which runs are made.
+        environment: that leads jobs to the store through the proxy, if there is one.
+    """
+
+    folder: Path
+    data: str
+    root: str
+    environment: dict[str, str]
+    proxy: FaultProxy | None = None
+    server: ObjectServer | None = None
+    cluster: LocalCluster | None = None
+    mutant: str | None = None
+    calm: dict[str, str] = field(default_factory=dict)
+    """Kind of job -> its calm run."""
+    new_cluster: Callable[[], LocalCluster] | None = None
+
+    def calm_run(self, kind: str, where: str | None = None) -> str:
+        """The undisturbed run to compare with, made when first asked for and never with a mutant."""
+        key = f"{kind} {where or ''}"
+        if key not in self.calm:
+            trial = Trial(self, f"calm {kind}", kind, root=where, mutant=None)
+            trial.start()
+            trial.ends(0)
+            self.calm[key] = trial.run
+        return self.calm[key]
+
+
+class Trial:
+    """One faulted run: its processes, its trace, its ledger.
+
+    Args:
+        bench: what it is tried on.
+        name: of the fault.
+        kind: walk or active.
+        root: URI below which the run is made, if not the bench's.
+        mutant: guard to leave out.
+    """
+
+    def __init__(self, bench: Bench, name: str, kind: str, *, root: str | None, mutant: str | None) -> None:
+        self.bench, self.kind, self.mutant = bench, kind, mutant
+        number = len(list(bench.folder.glob("trial-*")))
+        self.folder = bench.folder / f"trial-{number:03d}-{name.replace(' ', '-')}"
+        self.folder.mkdir(parents=True)
+        self.run = f"{root or bench.root}/{self.folder.name}"
+        self.struck: float | None = None
+        self.ended: float | None = None
+        self.compared = True
+        """Whether the run can be equal to the calm one."""
+        self.processes: list[Running] = []
+        self.note = ""
+
+    @property
+    def ledger(self) -> Ledger:
+        """Of the faulted run; only reads."""
+        return Ledger(Storage(self.run))
+
+    def start(
+        self, *gate: Any, data: str | None = None, flags: tuple[str, ...] = (), **inside: Any
+    ) -> Running:
+        """Start the job; a gate (point, cycle, rank) stops it there once."""
+        spec = {"folder": str(self.folder), "gate": list(gate) or None, "mutant": self.mutant, **inside}
+        data = data or self.bench.data
+        if self.kind == "walk":
+            argv = ["walk", data, self.run, str(CYCLES), *flags]
+        else:
+            argv = ["active", "--data", data, "--run", self.run, *JOB, *flags]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAYSED_", "RAY_"))}
+        cluster = self.bench.cluster.environment if self.bench.cluster and self.kind == "active" else {}
+        environment |= {**cluster, **FAST_SIGNS, **self.bench.environment, SPEC: json.dumps(spec)}
+        if gate:
+            for name in ("taken", "reached", "go"):
+                (self.folder / name).unlink(missing_ok=True)
+        log = self.folder / f"job-{len(self.processes)}.log"
+        process: Running
+        if self.kind == "walk":
+            process = Forked(argv, environment, log)
+        else:
+            with log.open("wb") as out:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "raysed.cluster.faulted", *argv], env=environment, stdout=out,
+                    stderr=subprocess.STDOUT, start_new_session=True, cwd=self.folder,
+                )  # fmt: skip
+        self.processes.append(process)
+        return process
+
+    def at_gate(self) -> int:
+        """Wait until a process waits at the gate; its pid."""
+        until = time.monotonic() + PATIENCE
+        while not (self.folder / "reached").exists():
+            if time.monotonic() > until or self.processes[-1].poll() is not None:
+                raise Lost(f"the gate was not reached: {self.said()}")
+            time.sleep(0.05)
+        return int((self.folder / "reached").read_text())
+
+    def strike(self) -> None:
+        """Note the moment of the injection, while the target waits at the gate."""
+        self.struck = time.time()
+
+    def go(self) -> None:
+        """Open the gate."""
+        (self.folder / "go").touch()
+
+    def kill(self, pid: int) -> None:
+        """SIGKILL a process at the gate."""
+        self.strike()
+        os.kill(pid, signal.SIGKILL)
+
+    def ends(self, code: int, process: Running | None = None) -> None:
+        """Wait for the end of a job, which must be this exit code."""
+        process = process or self.processes[-1]
+        try:
+            found = process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            stop(process)
+            raise Lost(f"the job still ran after {PATIENCE:.0f} s: {self.said()}") from None
+        self.ended = self.ended or (time.time() if self.struck else None)
+        if found != code:
+            raise Lost(f"exit code {found} instead of {code}: {self.said()}")
+
+    def said(self, number: int = -1) -> str:
+        """The last lines of a job's log, or all of it that is an error."""
+        lines = sorted(self.folder.glob("job-*.log"))[number].read_text(errors="replace").splitlines()
+        errors = [line for line in lines if line.startswith("error: ")]
+        return " ".join((errors or lines or ["nothing"])[-1].split())[:300]
+
+    def log(self) -> str:
+        """What all its jobs have printed."""
+        return "".join(p.read_text(errors="replace") for p in sorted(self.folder.glob("job-*.log")))
+
+    def events(self, *kinds: str) -> list[dict[str, Any]]:
+        """The trace, in order of time."""
+        path = self.folder / "trace.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        found = [json.loads(line) for line in lines]
+        return sorted((e for e in found if not kinds or e["event"] in kinds), key=lambda e: e["at"])
+
+    def must(self, kept: bool, promise: str) -> None:
+        """Check a promise.
+
+        Raises:
+            Lost: it was not kept.
+        """
+        if not kept:
+            raise Lost(promise)
+
+    def judged(self, fault: str, verdict: Verdict, note: str) -> Row:
+        """The row of this trial."""
+        steps = Counter((e["rank"], e["cycle"], e["step"]) for e in self.events("step"))
+        lost = sum(n - 1 for (rank, _, _), n in steps.items() if rank == 0)
+        visits = Counter((e["cycle"], t) for e in self.events("tiles") for t in e["ids"])
+        detected = recovered = None
+        if self.struck:
+            signs = [e["at"] for e in self.events("start") if e["at"] > self.struck]
+            signs += [self.ended] if self.ended else []
+            detected = round(min(signs) - self.struck, 1) if signs else None
+            commits = [e["at"] for e in self.events("committed", "commit") if e["at"] > self.struck]
+            recovered = round(min(commits) - self.struck, 1) if commits else None
+        repeated = sum(n - 1 for n in visits.values())
+        return Row(fault, detected, recovered, lost, repeated, verdict, note)
+
+    def check(self) -> None:
+        """Compare with the calm run, verify, count visits.
+
+        Raises:
+            Lost: with the first of what does not hold.
+        """
+        tiles = Store.open(self.bench.data)
+        wrong = verify(self.ledger, tiles.split("train"))
+        if self.compared:
+            root = self.run.rpartition("/")[0]
+            calm = self.bench.calm_run(self.kind, root if root != self.bench.root else None)
+            wrong += difference(Ledger(Storage(calm)), self.ledger)
+        for manifest in self.ledger.manifests():
+            starts = [e["at"] for e in self.events("start")]
+            mine = [e for e in self.events("tiles") if e["cycle"] == manifest.cycle]
+            begun = max((s for s in starts if mine and s < mine[-1]["at"]), default=0.0)
+            visits = sorted(t for e in mine if e["at"] >= begun for t in e["ids"])
+            chosen = sorted(self.ledger.table(manifest, "selected.parquet")["tile_id"].to_pylist())
+            if visits != chosen:
+                wrong.append(f"cycle {manifest.cycle}: {len(visits)} visits of {len(chosen)} selected tiles")
+        if wrong:
+            raise Lost(f"{len(wrong)} differences, the first: {wrong[0]}")
+
+    def close(self) -> None:
+        """End what still runs."""
+        for process in self.processes:
+            stop(process)
+
+
+def stop(process: Running) -> None:
+    """SIGKILL a process and its descendants."""
+    if process.poll() is None:
+        family = psutil.Process(process.pid).children(recursive=True)
+        for member in (*family, process):
+            member.send_signal(signal.SIGKILL)
+        process.wait(10)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault."""
+
+    act: Callable[[Trial], None]
+    """Injects it and brings the run to its end; raises `Lost`."""
+    kind: Literal["walk", "active"]
+    bucket: bool = False
+    """Whether a walk needs the object store behind the proxy."""
+    in_place: bool = True
+    """False where raysed promises a clean end and a resubmission that continues, not survival in place."""
+
+
+def attempt(bench: Bench, name: str, fault: Fault) -> Row:
+    """Try one fault."""
+    disk = str(bench.folder / "runs")
+    trial = Trial(
+        bench, name, fault.kind, root=disk if fault.kind == "walk" and not fault.bucket else None, mutant=bench.mutant
+    )  # fmt: skip
+    before = len(bench.proxy.injected) if bench.proxy else 0
+    try:
+        fault.act(trial)
+        injected = bench.proxy.injected[before:] if bench.proxy else []
+        if trial.struck is None and injected:
+            trial.struck = injected[0].at
+        trial.must(trial.struck is not None, "the fault did not strike")
+        trial.check()
+        broken = bench.proxy.counts() if injected and bench.proxy else {}
+        note = "; ".join(filter(None, (trial.note, f"{len(injected)} requests broken" if broken else "")))
+        return trial.judged(name, "survived" if fault.in_place else "not_promised", note)
+    except (Lost, RaysedError) as error:
+        return trial.judged(name, "lost", str(error))
+    finally:
+        if bench.proxy:
+            bench.proxy.clear()
+        trial.close()
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as text."""
+    width = max(len(r.fault) for r in rows)
+
+    def seconds(value: float | None) -> str:
+        return f"{value:8.1f}" if value is not None else f"{'-':>8}"
+
+    head = f"{'fault':<{width}}  detected recovered  steps  tiles  verdict       note"
+    return "\n".join(
+        [head, *(f"{r.fault:<{width}}  {seconds(r.detected_s)}  {seconds(r.recovered_s)}  {r.steps_lost:>5}  {r.tiles_repeated:>5}  "
+                 f"{r.verdict:<12}  {r.note}" for r in rows)]
+    )  # fmt: skip
