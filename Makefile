@@ -1,13 +1,14 @@
 # make active   the main job on the embedded demo
 # make twin     the whole cluster path on this machine: bucket, nodes, job submit (KEEP=1 leaves it up)
 # make bench    ratios to the hardware and to plain PyTorch (ROWS="'stall' 'commit'" for some)
+# make chaos    faults injected into small runs here (FAULTS="F1 F21" for some of them)
 # make test     all tests (make check: the ones without Ray)
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.raysed-ready
 
-.PHONY: active twin bench test check lint clean
+.PHONY: active twin bench chaos test check lint clean
 
 active: $(READY)
 	$(PYTHON) jobs/active.py
@@ -18,6 +19,10 @@ twin: $(READY)
 
 bench: $(READY)
 	$(PYTHON) jobs/bench.py $(if $(ROWS),--rows $(ROWS))
+
+chaos: $(READY)
+	$(PYTHON) -m pip install --quiet -c constraints.txt -e ".[local]"
+	$(PYTHON) jobs/chaos.py $(FAULTS)
 
 test: $(READY) lint
 	$(PYTHON) -m pytest

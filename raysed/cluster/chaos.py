@@ -297,10 +297,14 @@ class Trial:
             calm = self.bench.calm_run(self.kind, root if root != self.bench.root else None)
             wrong += difference(Ledger(Storage(calm)), self.ledger)
         for manifest in self.ledger.manifests():
-            starts = [e["at"] for e in self.events("start")]
-            mine = [e for e in self.events("tiles") if e["cycle"] == manifest.cycle]
-            begun = max((s for s in starts if mine and s < mine[-1]["at"]), default=0.0)
-            visits = sorted(t for e in mine if e["at"] >= begun for t in e["ids"])
+            commit = [e for e in self.events("commit", "committed") if e["cycle"] == manifest.cycle][-1]
+            group = {e["rank"]: e["pid"] for e in self.events("start") if e["at"] < commit["at"]}
+            ranks = {
+                **group,
+                0: commit["pid"],
+            }.values()  # those that made the commit, not one that was overtaken
+            mine = [e for e in self.events("tiles") if e["cycle"] == manifest.cycle and e["pid"] in ranks]
+            visits = sorted(t for e in mine for t in e["ids"])
             chosen = sorted(self.ledger.table(manifest, "selected.parquet")["tile_id"].to_pylist())
             if visits != chosen:
                 wrong.append(f"cycle {manifest.cycle}: {len(visits)} visits of {len(chosen)} selected tiles")
