@@ -90,7 +90,7 @@ def _no_fencing(ledger: ModuleType) -> None:
     ledger.Ledger._fence = lambda self: None
 
 
-def _no_retry(storage: ModuleType) -> None:
+def _no_retry(storage: Any) -> None:
     storage._ATTEMPTS = 1
 
 
@@ -104,7 +104,7 @@ def _seed_by_call(randomness: ModuleType) -> None:
             module.keyed_rng = lambda *key: np.random.default_rng(next(calls))  # type: ignore[attr-defined]
 
 
-def _no_reread(store: ModuleType) -> None:
+def _no_reread(store: Any) -> None:
     store.REREADS = 0
 
 
@@ -236,6 +236,12 @@ def arm() -> None:
         time.time = lambda: real() + skew  # the clock of this process
 
 
+def _recorded(record: dict[str, Any], cycle: int) -> dict[str, Any]:
+    """The record of a walk's cycle, whose files are written by now."""
+    point("commit", cycle)
+    return record
+
+
 def walk(data: str, run: str, cycles: int, lr: float = 1e-3) -> None:
     """A run without networks: everything that the ledger promises, in a second.
 
@@ -290,7 +296,7 @@ def walk(data: str, run: str, cycles: int, lr: float = 1e-3) -> None:
                 "config_hash": config_hash(experiment), "scoring_weights": before, "train": {"loss": 1 / (cycle + 1)},
                 "val": {**metrics.scores(counts, ["field", "road"]), "counts": counts.tolist()},
             }  # fmt: skip
-            ledger.commit(cycle, files, lambda record=record, cycle=cycle: point("commit", cycle) or record)  # type: ignore[misc]
+            ledger.commit(cycle, files, partial(_recorded, record, cycle))
             ledger.prune(cycle)
             trace("committed", cycle=cycle)
 
@@ -326,4 +332,6 @@ def forked(argv: Sequence[str], environment: dict[str, str], log: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    from raysed.cluster import faulted  # under its own name, by which workers find what Ray pickles
+
+    faulted.main(sys.argv[1:])

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 
 from raysed.cluster.chaos import CYCLES, Fault, Lost, Trial
 from raysed.cluster.faultproxy import Rule
@@ -41,13 +42,13 @@ def killed_between_payload_and_manifest(trial: Trial) -> None:
     resubmitted(trial)
 
 
-def _damage(trial: Trial, name: str, change: "type[bytes] | object") -> None:
+def _damage(trial: Trial, name: str, change: Callable[[bytes], bytes]) -> None:
     trial.start("train", 3, 0)
     pid = trial.at_gate()
     storage, path = Storage(trial.run), f"{folder(2)}/{name}"
     trial.kill(pid)
     trial.ends(-signal.SIGKILL)
-    storage.write(path, change(storage.read(path)))  # type: ignore[operator]
+    storage.write(path, change(storage.read(path)))
 
 
 def _fell_back(trial: Trial) -> None:
@@ -177,7 +178,7 @@ def disk_full(trial: Trial) -> None:
     resubmitted(trial)
 
 
-def _with(*rules: Rule) -> "object":
+def _with(*rules: Rule) -> Callable[[Trial], None]:
     """A run whose cycle 1 begins under these rules."""
 
     def act(trial: Trial) -> None:
@@ -211,11 +212,6 @@ def expired(trial: Trial) -> None:
 
 
 # Real runs on a cluster.
-
-
-def _train_pids(trial: Trial) -> dict[int, int]:
-    """Rank -> pid of the newest group."""
-    return {e["rank"]: e["pid"] for e in trial.events("start")}
 
 
 def worker_killed(trial: Trial) -> None:
@@ -289,10 +285,6 @@ def driver_killed(trial: Trial) -> None:
 
 def cluster_gone(trial: Trial) -> None:
     """F8: every node and the driver die; a new cluster, the same storage."""
-    _lose_cluster(trial, lambda: None)
-
-
-def _lose_cluster(trial: Trial, before: "object") -> None:
     bench = trial.bench
     assert bench.cluster
     assert bench.new_cluster
