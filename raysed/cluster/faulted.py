@@ -332,6 +332,5 @@ def forked(argv: Sequence[str], environment: dict[str, str], log: str) -> None:
 
 
 if __name__ == "__main__":
-    from raysed.cluster import faulted  # under its own name, by which workers find what Ray pickles
-
-    faulted.main(sys.argv[1:])
+    # under its own name, by which workers find what Ray pickles
+    importlib.import_module("raysed.cluster.faulted").main(sys.argv[1:])
