@@ -104,7 +104,7 @@ def test_two_arms_make_a_summary_and_a_report(small_store, tmp_path):
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(out / "tensorboard"))
+    events = EventAccumulator(str(out / "tensorboard"), size_guidance={"images": 0})  # all of them
     events.Reload()
     assert [e.step for e in events.Scalars("val/miou")] == [0, 1]
     assert [e.step for e in events.Images("examples")] == [0, 1]
