@@ -156,16 +156,19 @@ class TensorBoard:
         for manifest in manifests:
             self._add(manifest)
         if manifests:
+            self.writer.flush()
             self._copy()
 
     def cycle(self, manifest: Manifest) -> None:
         """Add a cycle."""
         self._add(manifest)
+        self.writer.flush()
         self._copy()
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files; the writer's flush can leave the last event behind, closing it does not."""
         self.writer.close()
+        self._copy()
         self.folder.cleanup()
 
     def _add(self, manifest: Manifest) -> None:
@@ -183,6 +186,5 @@ class TensorBoard:
             self.writer.add_image("examples", pixels, manifest.cycle, dataformats="HWC")
 
     def _copy(self) -> None:
-        self.writer.flush()
         for path in Path(self.folder.name).iterdir():
             self.run.write(f"tensorboard/{path.name}", path.read_bytes())
