@@ -7,7 +7,7 @@ and two nodes, processes killed, stopped and starved while they are known to be 
     python jobs/chaos.py F20 F21 --mutant no-hash-check      leaves a guard out: its row must be lost
 
 A row survives if the faulted run's ledger equals the calm one's, verifies, and shows every selected tile visited once.  Exit 0 if no
-row is lost, 4 otherwise; the table is in results/chaos/latest.json.  Needs the extra `local`.
+row is lost, 4 otherwise; a run of all faults writes results/chaos/latest.json.  Needs the extra `local`.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ def job(argv: Sequence[str]) -> None:
     rows = chaos(names, mutant=args.mutant, soak=args.soak, seed=args.seed)
     lost = [r.fault for r in rows if r.verdict == "lost"]
     print(f"\n{table(rows)}\n\n{len(rows)} rows, {len(lost)} lost", flush=True)
-    if args.mutant is None:
+    if not (args.mutant or args.faults or args.soak):
         OUT.mkdir(parents=True, exist_ok=True)
         latest = {"commit": environment().get("commit"), "rows": [asdict(r) for r in rows]}
         (OUT / "latest.json").write_text(json.dumps(latest, indent=1) + "\n")

@@ -26,6 +26,7 @@ from raysed.errors import ResourcesError
 from raysed.io.ledger import Ledger
 from raysed.io.storage import Storage
 from raysed.report.results import result_files
+from raysed.runs import say
 
 ROOT = Path(__file__).resolve().parents[1]
 CHATTER = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+\s+(INFO|WARNING|SUCC)\b")
@@ -83,11 +84,6 @@ def job(argv: Sequence[str]) -> None:
             show(cluster, seen)
             if args.keep:
                 keep(cluster, folder)
-
-
-def say(line: str) -> None:
-    """Print a line at once."""
-    print(line, flush=True)
 
 
 def follow(cluster: LocalCluster, *command: str) -> None:

@@ -13,8 +13,6 @@ ALLOWED = {
     "cluster": {"core", "io", "cluster", "errors", "config"},
     "report": {"core", "io", "report", "errors", "config"},
 }
-ENTRIES = {"faulted.py"}
-"""Programs of their own, `python -m`: they print errors as jobs do."""
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE)
 
 
@@ -33,8 +31,7 @@ def test_imports_go_down_only(path):
     for name in imported(path):
         parts = name.split(".")
         if parts[0] == "raysed":
-            allowed = ALLOWED[floor] | ({"cli"} if path.name in ENTRIES else set())
-            assert parts[1] in allowed, f"{floor} must not import {name}"
+            assert parts[1] in ALLOWED[floor], f"{floor} must not import {name}"
         assert floor == "cluster" or parts[0] != "ray", f"{floor} must not import ray"
 
 

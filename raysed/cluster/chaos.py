@@ -53,9 +53,7 @@ class Forked:
 
     def __init__(self, argv: list[str], environment: dict[str, str], log: Path) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            ["raysed.io.ledger", "raysed.io.store", "raysed.cli", forked.__module__]
-        )
+        context.set_forkserver_preload(["raysed.io.ledger", "raysed.io.store", forked.__module__])
         self.process = context.Process(target=forked, args=(argv, environment, str(log)))
         self.process.start()
         assert self.process.pid

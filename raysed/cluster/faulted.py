@@ -306,10 +306,13 @@ def main(argv: Sequence[str]) -> None:
     arm()
     job, *rest = argv
     if job == "walk":
-        from raysed import cli
+        from raysed.errors import RaysedError
 
-        sys.argv = ["walk", *rest]
-        cli.main(lambda given: walk(given[0], given[1], int(given[2]), *map(float, given[3:])))
+        try:
+            walk(rest[0], rest[1], int(rest[2]), *map(float, rest[3:]))
+        except RaysedError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(error.exit_code)
         return
     import ray
 

@@ -12,6 +12,9 @@ from raysed.io.ledger import DEAD_AFTER, folder, verify
 from raysed.io.storage import Storage
 from raysed.io.store import Store
 
+COMMIT_SECONDS = 10.0
+"""How long the commit of a small run may take."""
+
 
 def resubmitted(trial: Trial, code: int = 0) -> None:
     """The same command again."""
@@ -275,6 +278,9 @@ def driver_killed(trial: Trial) -> None:
     for name, cycle in points:
         process = trial.start(name, cycle, 0)
         trial.at_gate()
+        until = time.monotonic() + COMMIT_SECONDS  # the cycle before is committed while this one begins
+        while len(trial.ledger.manifests()) < cycle and time.monotonic() < until:
+            time.sleep(0.1)
         trial.strike()
         os.kill(process.pid, signal.SIGKILL)
         process.wait(30)
@@ -283,17 +289,22 @@ def driver_killed(trial: Trial) -> None:
     resubmitted(trial)
 
 
-def cluster_gone(trial: Trial) -> None:
-    """F8: every node and the driver die; a new cluster, the same storage."""
+def _new_cluster(trial: Trial) -> None:
+    """End the cluster, whatever is left of it, and start another."""
     bench = trial.bench
     assert bench.cluster
     assert bench.new_cluster
+    bench.cluster.__exit__()
+    bench.cluster = bench.new_cluster()
+
+
+def cluster_gone(trial: Trial) -> None:
+    """F8: every node and the driver die; a new cluster, the same storage."""
     process = trial.start("step", 1, 0)
     trial.at_gate()
     trial.strike()
     os.kill(process.pid, signal.SIGKILL)
-    bench.cluster.__exit__()
-    bench.cluster = bench.new_cluster()
+    _new_cluster(trial)
     process.wait(30)
     trial.ended = time.time()
     resubmitted(trial)
@@ -303,14 +314,12 @@ def head_dies(trial: Trial) -> None:
     """F9: the GCS dies; the job must end by itself with a code that says what to do."""
     import psutil
 
-    bench = trial.bench
-    assert bench.cluster
-    assert bench.new_cluster
+    assert trial.bench.cluster
     process = trial.start("step", 1, 0)
     trial.at_gate()
     gcs = [
         p
-        for p in psutil.Process(bench.cluster.nodes[0].popen.pid).children(recursive=True)
+        for p in psutil.Process(trial.bench.cluster.nodes[0].popen.pid).children(recursive=True)
         if "gcs_server" in p.name()
     ]
     trial.must(bool(gcs), "no gcs_server was found")
@@ -323,8 +332,7 @@ def head_dies(trial: Trial) -> None:
         raise Lost("the job still ran 120 s after the head was lost") from error
     finally:
         trial.ended = time.time()
-        bench.cluster.__exit__()
-        bench.cluster = bench.new_cluster()
+        _new_cluster(trial)
     said = trial.said()
     resubmitted(trial)
     trial.must(code == 7, f"exit code {code} instead of 7: {said}")

@@ -6,9 +6,9 @@ import time
 import zipfile
 
 import pytest
-from conftest import write_small_store
 from processes import FAST, ROOT, error_line, run
 
+from raysed.cluster.chaos import small_store as small_store_at
 from raysed.cluster.prepare import Settings, prepare, synthetic
 from raysed.io.ledger import Ledger, difference, verify
 from raysed.io.storage import Storage
@@ -47,7 +47,7 @@ def test_a_run_in_a_bucket_equals_the_run_on_disk(ray_session, object_server, bu
 
 @pytest.mark.timeout(600)
 def test_an_object_deleted_between_index_and_read_ends_with_code_4(object_server, bucket):
-    write_small_store(f"{bucket}/tiles")
+    small_store_at(f"{bucket}/tiles")
     Storage(bucket).remove("tiles/shards/part-00001.parquet")
     flags = ["--data", f"{bucket}/tiles", "--run", f"{bucket}/run", "--cycles", "1", *FAST]
     done = run("active", *flags, code=4, **object_server.environment)
@@ -64,7 +64,7 @@ def test_an_object_deleted_between_index_and_read_ends_with_code_4(object_server
     ],
 )
 def test_a_bucket_that_cannot_be_used_is_one_line(object_server, bucket, change, argv, code):
-    write_small_store(f"{bucket}/tiles")
+    small_store_at(f"{bucket}/tiles")
     began = time.monotonic()
     flags = ["--data", f"{bucket}/tiles", "--run", f"{bucket}/run", "--cycles", "1", *FAST, *argv]
     done = run("train", *flags, code=code, **{**object_server.environment, **change})

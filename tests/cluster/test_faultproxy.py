@@ -5,8 +5,8 @@ import time
 import uuid
 
 import pytest
-from conftest import write_small_store
 
+from raysed.cluster.chaos import small_store as small_store_at
 from raysed.cluster.faultproxy import FaultProxy, Rule
 from raysed.errors import DataError, StorageError
 from raysed.io.ledger import Ledger
@@ -94,7 +94,7 @@ def test_a_flipped_byte_has_another_sha256(storage, proxy):
 
 
 def test_bytes_that_changed_on_the_way_are_read_again(storage, proxy):
-    write_small_store(storage.uri)
+    small_store_at(storage.uri)
     store = Store.open(storage.uri)
     wanted = store.locations(store.index["tile_id"].to_pylist()[:1])
     proxy.add(Rule("flip", methods=("GET",), path="shards", count=2))

@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import write_small_store
 from processes import FAST, ROOT, environment, error_line
 
+from raysed.cluster.chaos import small_store as small_store_at
 from raysed.cluster.local import LocalCluster, terminated
 from raysed.io.ledger import Ledger, verify
 from raysed.io.storage import Storage
@@ -36,7 +36,7 @@ def status(cluster: LocalCluster, name: str) -> dict:
 
 
 def test_stopped_resubmitted_and_submitted_twice(cluster, bucket):
-    write_small_store(f"{bucket}/tiles")
+    small_store_at(f"{bucket}/tiles")
     flags = [
         "jobs/active.py",
         "--data",
@@ -99,7 +99,7 @@ def test_a_local_path_on_a_cluster_is_refused_with_what_to_set(cluster, bucket, 
 
 @pytest.mark.parametrize("token", [None, "0" * 64])
 def test_without_the_right_token_nothing_is_submitted_or_reached(cluster, bucket, tmp_path, token):
-    write_small_store(f"{bucket}/tiles")
+    small_store_at(f"{bucket}/tiles")
     keyless = {**cluster.environment, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"), "HOME": str(tmp_path)}
     if token:
         (tmp_path / "token").write_text(token)
