@@ -180,6 +180,24 @@ class ClusterConfig:
         for name in ("worker_cpus", "scorer_cpus", "reader_cpus"):
             _require(getattr(self, name) > 0, f"cluster.{name} must be positive, got {getattr(self, name)}")
 
+    def device_with(self, gpus: float) -> str:
+        """cpu or cuda, in a cluster of so many GPUs."""
+        return self.device if self.device != "auto" else "cuda" if gpus >= self.workers else "cpu"
+
+    def worker(self, device: str) -> dict[str, float]:
+        """Resources that Ray reserves for a training worker, by their names."""
+        return {"CPU": self.worker_cpus} | ({"GPU": self.worker_gpus} if device == "cuda" else {})
+
+    def scorer(self, device: str) -> dict[str, float]:
+        """Resources that Ray reserves for a scorer."""
+        return {"CPU": self.scorer_cpus} | ({"GPU": self.scorer_gpus} if device == "cuda" else {})
+
+    def demand(self, device: str, scorers: int) -> dict[str, float]:
+        """Resources of all workers, so many scorers and one read task."""
+        worker, scorer = self.worker(device), self.scorer(device)
+        both = {k: self.workers * v + scorers * scorer[k] for k, v in worker.items()}
+        return both | {"CPU": both["CPU"] + self.reader_cpus}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:

@@ -120,7 +120,7 @@ class Offer:
 def device_of(cluster: ClusterConfig, offers: Sequence[Offer]) -> str:
     """Where networks will run on these nodes."""
     gpus = sum(o.count * o.resources.get("GPU", 0) for o in offers)
-    return cluster.device if cluster.device != "auto" else "cuda" if gpus >= cluster.workers else "cpu"
+    return cluster.device_with(gpus)
 
 
 def resources(experiment: Experiment, offers: Sequence[Offer], most: int | None = None) -> Line:
@@ -133,9 +133,7 @@ def resources(experiment: Experiment, offers: Sequence[Offer], most: int | None 
     """
     cluster = experiment.cluster
     device = device_of(cluster, offers)
-    gpu = device == "cuda"
-    worker = {"CPU": cluster.worker_cpus} | ({"GPU": cluster.worker_gpus} if gpu else {})
-    scorer = {"CPU": cluster.scorer_cpus} | ({"GPU": cluster.scorer_gpus} if gpu else {})
+    worker, scorer = cluster.worker(device), cluster.scorer(device)
     scorers = cluster.scorers or 1
     bundles = [worker] * cluster.workers + [scorer] * scorers + [{"CPU": cluster.reader_cpus}]
     size = lambda o: (o.resources.get("GPU", 0), o.resources.get("CPU", 0))  # noqa: E731

@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -10,6 +11,7 @@ import ray.data
 import ray.exceptions
 
 from raysed.errors import ResourcesError, UsageError
+from raysed.io.storage import Storage
 
 OBJECT_STORE = 2 << 30
 """Object store of a Ray started here, bytes."""
@@ -72,6 +74,27 @@ def _local() -> dict[str, Any]:
         # tasks and actors that take fractions of a CPU need more processes than CPUs; Ray warns at 4 times this number
         "_system_config": {"worker_maximum_startup_concurrency": 8},
     }
+
+
+SHARED = "give an s3:// URI, or --shared-filesystem if all nodes see the same files"
+"""What to do about a local path on several nodes."""
+
+
+def check_paths(places: Mapping[str, str], *, shared: bool, remedy: str = SHARED) -> None:
+    """Every node reads and writes, so a path must mean the same on all of them.
+
+    Args:
+        places: what is shown -> URI.
+        shared: all nodes see the same files.
+        remedy: what to do.
+
+    Raises:
+        UsageError: a local path, and several nodes.
+    """
+    nodes = sum(n["Alive"] for n in ray.nodes())
+    for shown, uri in places.items():
+        if nodes > 1 and not shared and Storage(uri).is_local:
+            raise UsageError(f"{shown} is a local path, but the cluster has {nodes} nodes: {remedy}")
 
 
 def quiet_data() -> None:

@@ -37,7 +37,15 @@ from raysed.core.acquisition import STRATEGIES
 from raysed.core.losses import class_weights
 from raysed.core.plan import Plan, plan
 from raysed.core.pool import Selection
-from raysed.core.step import Learner, MicroBatch, Totals, learning_rate, resolve_precision, to_device
+from raysed.core.step import (
+    Learner,
+    MicroBatch,
+    Totals,
+    learning_rate,
+    resolve_precision,
+    to_device,
+    weights_of,
+)
 from raysed.core.tiles import palette, target_of
 from raysed.errors import DataError, DivergedError, RaysedError
 from raysed.io import checkpoint
@@ -113,7 +121,7 @@ def run(config: dict[str, Any]) -> None:
             if not Worker(setup, arm, threads).run():
                 break
     except RaysedError as error:
-        failed = {"kind": "failed", "exit_code": error.exit_code, "text": str(error)}
+        failed = {"kind": "failed", "error": type(error).__name__, "text": str(error)}
         ray.get(setup.monitor.post.remote(failed))
         if context.get_world_size() > 1:
             raise  # other ranks may wait for this one in a collective: only an error frees them
@@ -169,6 +177,8 @@ class Worker:
                 stop = self._first(lambda c=cycle: ray.get(self.setup.monitor.should_stop.remote(c)))
                 if stop:
                     break
+                if self._pending and self._pending.done():
+                    self._settle()  # a commit that failed ends the run before another cycle is trained
                 self._cycle(cycle, steps)
         except Exception:
             with suppress(Exception):  # the first error counts; what was trained before it is committed
@@ -177,15 +187,20 @@ class Worker:
         self._settle()
         return not stop
 
-    def _learner(self) -> Learner:
+    def _network(self) -> networks.Network:
+        """The network as the run begins it."""
         exp, dataset = self.exp, self.store.dataset
         spec = exp.model.encoder_weights if self.rank == 0 else None  # the others receive rank 0's weights
         from_file = checkpoint.is_file_spec(spec)
         net = networks.build(exp.model.arch, len(dataset.classes), exp.seed, None if from_file else spec)
         if from_file and spec:
             checkpoint.load_encoder(net.net.encoder, spec)  # type: ignore[union-attr, arg-type]
+        return net
+
+    def _learner(self) -> Learner:
+        exp, dataset = self.exp, self.store.dataset
         return Learner(
-            net.to(self.device),
+            self._network().to(self.device),
             alpha=class_weights(np.array(dataset.pixels["train"][1:]), exp.loss.alpha_power),
             gamma=exp.loss.gamma,
             batch=exp.optim.batch,
@@ -315,7 +330,7 @@ class Worker:
     def _weights_before(self, cycle: int) -> tuple[dict[str, np.ndarray], str]:
         """The weights that the cycle before started from: those of the cycle before that, or the initial ones."""
         if cycle < 2:
-            weights = self._learner().weights()
+            weights = weights_of(self._network())
             return {n: t.numpy() for n, t in weights.items()}, digest(checkpoint.pack(weights))
         manifest = self.ledger.manifests()[cycle - 2]
         weights = checkpoint.unpack(self.ledger.read(manifest, "model.safetensors"), "model.safetensors")

@@ -12,7 +12,14 @@ import torch
 
 from raysed.cluster.connect import connect
 from raysed.cluster.cycles import labelled
-from raysed.cluster.launch import arms_of, check_data, check_paths, check_resources, device_of, scorer_count
+from raysed.cluster.launch import (
+    arms_of,
+    check_data,
+    check_resources,
+    check_run_paths,
+    device_of,
+    scorer_count,
+)
 from raysed.config import Experiment
 from raysed.core import memory, networks
 from raysed.core.acquisition import STRATEGIES
@@ -43,7 +50,7 @@ def dry_run(
     store = Store.open(str(experiment.data.uri))
     check_data(experiment, store, say)
     connect()
-    check_paths(experiment)
+    check_run_paths(experiment)
     device = device_of(experiment)
     arms = arms_of(experiment)
     scoring = any(STRATEGIES[e.select.strategy].needs_scores for _, e in arms)
@@ -119,7 +126,7 @@ def _speed(
         return Speed(stated, 3 * stated, "as stated, a forward pass a third of a training step")
     cluster = experiment.cluster
     task: Any = ray.remote(measure).options(
-        num_cpus=cluster.worker_cpus, num_gpus=cluster.worker_gpus if device == "cuda" else 0
+        num_cpus=cluster.worker_cpus, num_gpus=cluster.worker(device).get("GPU", 0)
     )
     small = replace(experiment, cluster=replace(cluster, workers=1))
     try:

@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysed import errors
 from raysed.cluster import cycles
-from raysed.cluster.connect import connect
+from raysed.cluster.connect import check_paths, connect
 from raysed.cluster.cycles import Arm, Setup
 from raysed.cluster.scorekeeping import RECORDED
 from raysed.cluster.scoring import Network, Scorer
@@ -27,7 +27,7 @@ from raysed.cluster.telemetry import Monitor, Progress, TensorBoard
 from raysed.config import Experiment
 from raysed.core import networks
 from raysed.core.acquisition import STRATEGIES
-from raysed.errors import RaysedError, ResourcesError, UsageError
+from raysed.errors import RaysedError, ResourcesError, UsageError, rebuilt
 from raysed.io.ledger import Lease, Ledger, Manifest
 from raysed.io.provenance import environment
 from raysed.io.storage import Storage
@@ -115,7 +115,7 @@ def _run(
     """Start the actors and the trainer, watch until they end."""
     connect()
     stopper.arm()
-    check_paths(experiment)
+    check_run_paths(experiment)
     device = device_of(experiment)
     scorers = scorer_count(experiment, device) if any(_scores(a.experiment) for a in held) else 0
     check_resources(experiment, device, scorers)
@@ -176,24 +176,19 @@ def check_data(experiment: Experiment, store: Store, say: Callable[[str], None])
             )
 
 
-def check_paths(experiment: Experiment) -> None:
-    """Refuse local paths on a cluster of several nodes."""
-    nodes = [n for n in ray.nodes() if n["Alive"]]
-    if len(nodes) == 1 or experiment.cluster.shared_filesystem:
-        return
-    for flag, uri in (("--data", experiment.data.uri), ("--run", experiment.run)):
-        if Storage(str(uri)).is_local:
-            raise UsageError(
-                f"{flag} {uri} is a local path, but the cluster has {len(nodes)} nodes: give an s3:// URI (or set RAYSED_DATA and "
-                "RAYSED_RUN), or --cluster.shared-filesystem if all nodes see the same files"
-            )
+def check_run_paths(experiment: Experiment) -> None:
+    """Refuse local data or run paths on a cluster of several nodes."""
+    places = {f"--data {experiment.data.uri}": experiment.data.uri, f"--run {experiment.run}": experiment.run}
+    check_paths(
+        {shown: str(uri) for shown, uri in places.items()},
+        shared=experiment.cluster.shared_filesystem,
+        remedy="give an s3:// URI (or set RAYSED_DATA and RAYSED_RUN), or --cluster.shared-filesystem if all nodes see the same files",
+    )
 
 
 def device_of(experiment: Experiment) -> str:
     """cpu or cuda."""
-    gpus = ray.cluster_resources().get("GPU", 0)
-    wanted = experiment.cluster.device
-    return wanted if wanted != "auto" else "cuda" if gpus >= experiment.cluster.workers else "cpu"
+    return experiment.cluster.device_with(ray.cluster_resources().get("GPU", 0))
 
 
 def scorer_count(experiment: Experiment, device: str) -> int:
@@ -210,12 +205,7 @@ def scorer_count(experiment: Experiment, device: str) -> int:
 def check_resources(experiment: Experiment, device: str, scorers: int) -> None:
     """Prove that workers, scorers and at least one read task fit at once: Ray would wait for ever without an error."""
     cluster = experiment.cluster
-    wanted: dict[str, float] = {}
-    wanted["CPU"] = (
-        cluster.workers * cluster.worker_cpus + scorers * cluster.scorer_cpus + cluster.reader_cpus
-    )
-    if device == "cuda":
-        wanted["GPU"] = cluster.workers * cluster.worker_gpus + scorers * cluster.scorer_gpus
+    wanted = cluster.demand(device, scorers)
     until = time.monotonic() + (cluster.wait_nodes if len(ray.nodes()) > 1 else 0)
     while True:
         have = ray.cluster_resources()
@@ -243,8 +233,8 @@ def _start_scorers(experiment: Experiment, store: Store, device: str, count: int
     cluster = experiment.cluster
     network = Network(experiment.model.arch, len(store.dataset.classes), experiment.optim.precision, device)
     actor: Any = ray.remote(Scorer).options(
-        num_cpus=cluster.scorer_cpus,
-        num_gpus=cluster.scorer_gpus if device == "cuda" else 0,
+        num_cpus=cluster.scorer(device)["CPU"],
+        num_gpus=cluster.scorer(device).get("GPU", 0),
         max_restarts=-1,
         scheduling_strategy="SPREAD",
     )
@@ -257,14 +247,13 @@ def _trainer(experiment: Experiment, setup: Setup) -> TorchTrainer:
         os.environ.setdefault(name, value)
     cluster = experiment.cluster
     gpu = setup.device == "cuda"
-    resources = {"CPU": cluster.worker_cpus} | ({"GPU": cluster.worker_gpus} if gpu else {})
     return TorchTrainer(
         cycles.run,
         train_loop_config={"setup": setup},
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.workers,
             use_gpu=gpu,
-            resources_per_worker=resources,
+            resources_per_worker=cluster.worker(setup.device),
             placement_strategy="PACK" if gpu else "SPREAD",
         ),
         run_config=ray.train.RunConfig(
@@ -340,8 +329,7 @@ class Watch:
             self.boards[event["arm"]].cycle(event["manifest"])
             self.on_cycle(event["manifest"])
         elif event["kind"] == "failed" and not self.failed:
-            kinds = {c.exit_code: c for c in RaysedError.__subclasses__()}
-            self.failed = kinds.get(event["exit_code"], RaysedError)(event["text"])
+            self.failed = rebuilt(event["error"], event["text"])
             self.failed_at = time.monotonic()
 
 

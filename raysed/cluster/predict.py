@@ -23,7 +23,7 @@ import ray.data
 import torch
 
 from raysed import errors
-from raysed.cluster.connect import connect
+from raysed.cluster.connect import check_paths, connect
 from raysed.cluster.mapper import (
     BlockMapper,
     Plan,
@@ -34,7 +34,7 @@ from raysed.cluster.mapper import (
     plan_image,
     reason_of,
 )
-from raysed.cluster.tasks import TASK_CPUS, check_paths
+from raysed.cluster.tasks import TASK_CPUS
 from raysed.core import metrics
 from raysed.core.windows import Block
 from raysed.errors import RaysedError, ResourcesError, UsageError
@@ -172,8 +172,9 @@ def predict(
     todo = _unmade(storage, task, images, overwrite=overwrite)
     model.network()  # weights that do not fit are told before the cluster is asked
     connect()
-    if not shared_filesystem:
-        check_paths(storage, *(Storage(root) for root in sorted({i.root for i in images})))
+    check_paths(
+        {uri: uri for uri in (storage.uri, *sorted({i.root for i in images}))}, shared=shared_filesystem
+    )
     outcome, labels = Outcome(len(model.record.classes)), labels or {}
     plans = _plans(todo, labels, task, outcome)
     _say_notes(plans, task, say)

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from raysed.cluster.connect import connect
-from raysed.cluster.tasks import check_paths, run_tasks
+from raysed.cluster.connect import check_paths, connect
+from raysed.cluster.tasks import run_tasks
 from raysed.core import tiles
 from raysed.core.tiles import OPENEARTHMAP
 from raysed.errors import DataError, UsageError
@@ -147,8 +147,7 @@ def prepare(
         say(f"{storage.uri} is finished already: {_text(result)}")
         return result
     connect()
-    if not shared_filesystem:
-        check_paths(root, storage)
+    check_paths({p.uri: p.uri for p in (root, storage) if p}, shared=shared_filesystem)
     grids, bad, dropped = _grids(root, layout, settings)
     _check_budget(bad, layout, bad_budget)  # before the work, as far as it is known
     shards = pack(grids)

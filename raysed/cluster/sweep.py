@@ -27,7 +27,14 @@ from ray.util import placement_group_table
 
 from raysed import errors
 from raysed.cluster.connect import connect
-from raysed.cluster.launch import Stepper, check_data, check_paths, check_resources, device_of, scorer_count
+from raysed.cluster.launch import (
+    Stepper,
+    check_data,
+    check_resources,
+    check_run_paths,
+    device_of,
+    scorer_count,
+)
 from raysed.config import Experiment, with_overrides
 from raysed.core.acquisition import STRATEGIES
 from raysed.core.sweep import HIGHEST_GAMMA, HIGHEST_LR, LOWEST_LR, SWEPT, Demand, at_once, point
@@ -260,7 +267,7 @@ def sweep(base: Experiment, trials: int, *, say: Callable[[str], None]) -> int:
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     connect()
-    check_paths(base)
+    check_run_paths(base)
     base, together = _shared(base, trials)
     say(f"{len(left)} of {trials} trials are left, {together} at once, of at most {base.cycles} cycles each")
     with Signals.watched(), tempfile.TemporaryDirectory(prefix="raysed-tune-") as folder:
@@ -278,9 +285,10 @@ def _shared(base: Experiment, trials: int) -> tuple[Experiment, int]:
         cluster = replace(cluster, scorers=scorers)
     check_resources(replace(base, cluster=cluster), device, scorers)
     have = ray.cluster_resources()
-    cpus = cluster.workers * cluster.worker_cpus + scorers * cluster.scorer_cpus + cluster.reader_cpus
-    gpus = (cluster.workers * cluster.worker_gpus + scorers * cluster.scorer_gpus) * (device == "cuda")
-    together = at_once(Demand(cluster.workers, cpus + TRIAL_CPUS, gpus), have, trials)
+    demand = cluster.demand(device, scorers)
+    together = at_once(
+        Demand(cluster.workers, demand["CPU"] + TRIAL_CPUS, demand.get("GPU", 0)), have, trials
+    )
     threads = cluster.threads or max(1, int(have.get("CPU", 1) // (together * cluster.workers)))
     return replace(base, cluster=replace(cluster, threads=threads)), together
 

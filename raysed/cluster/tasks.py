@@ -5,25 +5,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import ray
 import ray.data
 
 from raysed import errors
-from raysed.errors import RaysedError, UsageError
-from raysed.io.storage import Storage
+from raysed.errors import RaysedError
 
 TASK_CPUS = 0.5
-
-
-def check_paths(*places: Storage | None) -> None:
-    """Every node reads the sources and writes shards, so a path must mean the same on all of them."""
-    nodes = sum(n["Alive"] for n in ray.nodes())
-    for place in places:
-        if nodes > 1 and place is not None and place.is_local:
-            raise UsageError(
-                f"{place.uri} is a local path, but the cluster has {nodes} nodes: give an s3:// URI, or --shared-filesystem if "
-                "all nodes see the same files"
-            )
 
 
 def run_tasks(

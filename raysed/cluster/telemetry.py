@@ -43,7 +43,7 @@ def gauge_values(manifest: Manifest, scorers: int) -> Iterator[tuple[str, str, f
 class Monitor:
     """An actor where rank 0 posts events and the driver waits for them; and where the driver asks the run to stop.
 
-    An event is a dict with a `kind`: "phase" (cycle, phase), "cycle" (arm, manifest), "say" (text), "failed" (exit_code,
+    An event is a dict with a `kind`: "phase" (cycle, phase), "cycle" (arm, manifest), "say" (text), "failed" (error,
     text), "done".
 
     Args:
@@ -156,14 +156,12 @@ class TensorBoard:
         for manifest in manifests:
             self._add(manifest)
         if manifests:
-            self.writer.flush()
-            self._copy()
+            self._publish()
 
     def cycle(self, manifest: Manifest) -> None:
         """Add a cycle."""
         self._add(manifest)
-        self.writer.flush()
-        self._copy()
+        self._publish()
 
     def close(self) -> None:
         """Close the files; the writer's flush can leave the last event behind, closing it does not."""
@@ -184,6 +182,10 @@ class TensorBoard:
         if "examples.png" in manifest.files:
             pixels = decode_picture(Ledger(self.run).read(manifest, "examples.png"))
             self.writer.add_image("examples", pixels, manifest.cycle, dataformats="HWC")
+
+    def _publish(self) -> None:
+        self.writer.flush()
+        self._copy()
 
     def _copy(self) -> None:
         for path in Path(self.folder.name).iterdir():

@@ -94,6 +94,11 @@ class BatchNormStatistics:
         return self.flat.clone(), counter
 
 
+def weights_of(net: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name, on the CPU, contiguous, copied."""
+    return {n: t.detach().cpu().clone().contiguous() for n, t in net.state_dict().items()}
+
+
 @dataclass
 class Totals:
     """Sums of one evaluation; sums over ranks add up."""
@@ -287,7 +292,7 @@ class Learner:
 
     def weights(self) -> dict[str, Tensor]:
         """All parameters and buffers by name, on the CPU, contiguous: what is committed and what scorers load."""
-        return {n: t.detach().cpu().clone().contiguous() for n, t in self.net.state_dict().items()}
+        return weights_of(self.net)
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Inverse of `weights`."""

@@ -19,13 +19,11 @@ def encode_image(image: np.ndarray) -> bytes:
 
 def encode_label(label: np.ndarray) -> bytes:
     """(H, W) uint8 to PNG."""
-    out = io.BytesIO()
-    Image.fromarray(label).save(out, "PNG", compress_level=6)
-    return out.getvalue()
+    return encode_picture(label)
 
 
 def encode_picture(pixels: np.ndarray) -> bytes:
-    """(H, W, 3) uint8 RGB to PNG, for people to look at; the same pixels give the same bytes."""
+    """(H, W) or (H, W, 3) uint8 to PNG; the same pixels give the same bytes."""
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG", compress_level=6)
     return out.getvalue()

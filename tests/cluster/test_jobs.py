@@ -34,10 +34,13 @@ def test_a_run_killed_at_five_points_ends_equal_to_an_undisturbed_one(small_stor
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("mode", "point"), [("byproduct", "evaluate@2"), ("overlapped", "train@2")])
-def test_scores_of_every_source_survive_a_kill(small_store, tmp_path, mode, point):
+@pytest.mark.parametrize(
+    ("mode", "point", "workers"),
+    [("byproduct", "evaluate@2", "1"), ("overlapped", "train@2", "1"), ("overlapped", "score@1", "2")],
+)
+def test_scores_of_every_source_survive_a_kill(small_store, tmp_path, mode, point, workers):
     """What the next selection needs is in the ledger: by-product visits, and the weights of two cycles ago."""
-    flags = ["--data", small_store, "--cycles", "4", "--select.scores", mode, *FAST]
+    flags = ["--data", small_store, "--cycles", "4", "--select.scores", mode, "--workers", workers, *FAST]
     calm, torn = str(tmp_path / "calm"), str(tmp_path / "torn")
     run("active", *flags, "--run", calm)
     kill_at(point, "active", *flags, "--run", torn)
