@@ -30,6 +30,7 @@ from raysed.core.augment import augment, to_uint8
 from raysed.core.losses import class_weights, focal_loss_sum
 from raysed.core.plan import plan
 from raysed.core.randomness import keyed_rng
+from raysed.core.scores import ScoreTable
 from raysed.core.step import DTYPES, Learner, MicroBatch, resolve_precision, to_device
 from raysed.core.uncertainty import log_probabilities, tile_scores
 from raysed.io.ledger import Ledger, choose, selection_table, table_bytes
@@ -485,7 +486,7 @@ def controller(bench: Bench, exponent: int) -> Row:
     experiment = Experiment(select=SelectConfig(strategy="entropy"))
 
     def cycle() -> None:
-        scores = pa.table({"tile_id": ids, "entropy": pa.array(rng.random(n, np.float32))})
+        scores = ScoreTable.unknown(ids, 8).with_scores(ids, rng.random((n, 10), np.float32)).table()
         selection = choose(experiment, 1, scores=scores, index=index, state={}, excluded=set())
         plan(selection.tile_ids, 0, 1, 16, 8)
         table_bytes(selection_table(selection))

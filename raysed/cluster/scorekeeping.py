@@ -12,6 +12,7 @@ from ray.actor import ActorHandle
 from raysed.cluster.scoring import Scores, score_pool
 from raysed.config import SelectConfig
 from raysed.core.acquisition import STRATEGIES
+from raysed.core.pool import matrix
 from raysed.core.scores import ScoreTable, calibrated
 from raysed.io.store import BadTile, Store
 
@@ -78,8 +79,7 @@ class Scorekeeper:
         """Go on after a committed cycle, from its `scores.parquet` and `visits.parquet`."""
         self.table = ScoreTable.from_table(scores, self.classes)
         if visits is not None:
-            rows = np.array(visits["row"].to_pylist(), np.float32).reshape(len(visits), -1)
-            self.visits = visits["tile_id"].to_pylist(), rows
+            self.visits = visits["tile_id"].to_pylist(), matrix(visits["row"])
 
     def visits_table(self) -> pa.Table:
         """`visits.parquet`: tile_id, row (see `uncertainty.visit_scores`)."""
@@ -129,8 +129,8 @@ class Scorekeeper:
 
     def _one_cycle_old(self, ids: list[str], now: Weights, before: Weights) -> tuple[Scores, str]:
         if self._ahead is None:  # the first cycle, or one that is continued
-            found, version = self._pass(ids, now if not self.table.ids.size else before)
-            if not self.table.ids.size:
+            found, version = self._pass(ids, before if len(self.table.ids) else now)
+            if not len(self.table.ids):
                 done: Future[Scores] = Future()
                 done.set_result(found)
                 self._ahead = done, version  # the second cycle selects by the first weights as well

@@ -45,12 +45,12 @@ class Pool:
 
     def scores(self, name: str) -> np.ndarray:
         """(N, width) column of lists of the scores, in its own float type; nan for a tile that has none; width 1 if none has."""
-        return _matrix(self._scored(name))
+        return matrix(self._scored(name))
 
     @cached_property
     def pixels(self) -> np.ndarray:
         """(N, C) float64 labelled pixels of each class; 0 in a tile without a label."""
-        return np.nan_to_num(_matrix(pc.cast(self._column("pixels"), pa.list_(pa.float64()))))[:, 1:]
+        return np.nan_to_num(matrix(pc.cast(self._column("pixels"), pa.list_(pa.float64()))))[:, 1:]
 
     @cached_property
     def class_shares(self) -> np.ndarray:
@@ -85,7 +85,8 @@ class Pool:
         return pc.index_in(self._ids, value_set=self._scores["tile_id"])
 
 
-def _matrix(lists: pa.ChunkedArray) -> np.ndarray:
+def matrix(lists: pa.ChunkedArray) -> np.ndarray:
+    """(N, width) of a column of lists of one length; nan where null; width 1 if all are."""
     array = lists.combine_chunks()
     known = array.is_valid().to_numpy(zero_copy_only=False)
     values = array.flatten().to_numpy(zero_copy_only=False)

@@ -4,11 +4,14 @@ Scores come from two sources: passes of the scorers, and training visits, which 
 and batch statistics, so its scores are moved to the scale of the scorers' before they are mixed.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+
+from raysed.core.pool import matrix
 
 SMOOTHING = 0.5
 """Share of a new visit in a tile's smoothed statistics."""
@@ -20,8 +23,8 @@ NEVER = -1
 class ScoreTable:
     """Scores of a pool in order of tile_id."""
 
-    ids: np.ndarray
-    """(N,) str, sorted."""
+    ids: pa.StringArray
+    """(N,) sorted."""
     scored: np.ndarray
     """(N, 2 + C) float32: entropy, margin, mass of each class; nan where unknown."""
     loss: np.ndarray
@@ -30,30 +33,29 @@ class ScoreTable:
     """(N,) int32 cycles since `scored` was renewed."""
 
     @classmethod
-    def unknown(cls, ids: list[str], classes: int) -> "ScoreTable":
+    def unknown(cls, ids: Iterable[str], classes: int) -> "ScoreTable":
         """Nothing is known yet."""
-        n = len(ids)
+        names = pa.array(ids, pa.string())
+        n = len(names)
         return cls(
-            np.array(sorted(ids), object),
+            names.take(pc.sort_indices(names)),
             np.full((n, 2 + classes), np.nan, np.float32),
             np.full((n, 1 + classes), np.nan, np.float32),
             np.full(n, NEVER, np.int32),
         )
 
-    @cached_property
-    def _places(self) -> dict[str, int]:
-        return {tile: i for i, tile in enumerate(self.ids)}
-
     def _at(self, ids: list[str]) -> np.ndarray:
-        return np.array([self._places[t] for t in ids], int)
+        at = pc.index_in(pa.array(ids, pa.string()), value_set=self.ids)
+        assert not at.null_count, "a tile that is not in the pool"
+        return at.to_numpy()
 
     def only(self, ids: list[str]) -> "ScoreTable":
         """Rows of these tiles, those that are not here yet as unknown."""
-        if ids == self.ids.tolist():
-            return self
         fresh = ScoreTable.unknown(ids, self.scored.shape[1] - 2)
-        both = [t for t in fresh.ids if t in self._places]
-        to, at = fresh._at(both), self._at(both)
+        if fresh.ids.equals(self.ids):
+            return self
+        found = pc.index_in(fresh.ids, value_set=self.ids)
+        to, at = np.flatnonzero(found.is_valid()), found.drop_null().to_numpy()
         fresh.scored[to], fresh.loss[to], fresh.age[to] = self.scored[at], self.loss[at], self.age[at]
         return fresh
 
@@ -94,14 +96,15 @@ class ScoreTable:
     def oldest(self, count: int, besides: set[str]) -> list[str]:
         """Tiles to score next: the never scored first, then by age; ties by tile_id."""
         age = np.where(self.age == NEVER, np.iinfo(np.int32).max, self.age)
+        age[pc.is_in(self.ids, value_set=pa.array(besides, pa.string())).to_numpy(zero_copy_only=False)] = -1
         order = np.argsort(-age.astype(np.int64), kind="stable")
-        return [t for t in self.ids[order] if t not in besides][:count]
+        return self.ids.take(order[: min(count, int((age >= 0).sum()))]).to_pylist()
 
     def table(self) -> pa.Table:
         """`scores.parquet`: tile_id, entropy, margin, mass, loss, class_loss, age; null where unknown."""
         return pa.table(
             {
-                "tile_id": pa.array(self.ids.tolist(), pa.string()),
+                "tile_id": self.ids,
                 "entropy": _nullable(self.scored[:, 0]),
                 "margin": _nullable(self.scored[:, 1]),
                 "mass": _lists(self.scored[:, 2:]),
@@ -114,7 +117,7 @@ class ScoreTable:
     @classmethod
     def from_table(cls, table: pa.Table, classes: int) -> "ScoreTable":
         """Inverse of `table`."""
-        empty = cls.unknown(table["tile_id"].to_pylist(), classes)
+        empty = cls.unknown(table["tile_id"].combine_chunks(), classes)
         for name, target in (
             ("entropy", empty.scored[:, 0]),
             ("margin", empty.scored[:, 1]),
@@ -122,9 +125,8 @@ class ScoreTable:
         ):
             target[:] = table[name].to_numpy()
         for name, block in (("mass", empty.scored[:, 2:]), ("class_loss", empty.loss[:, 1:])):
-            for i, row in enumerate(table[name].to_pylist()):
-                if row is not None:
-                    block[i] = row
+            if table[name].null_count < len(table):
+                block[:] = matrix(table[name])
         empty.age[:] = table["age"].to_numpy()
         return empty
 
@@ -153,5 +155,5 @@ def _nullable(values: np.ndarray) -> pa.Array:
 
 
 def _lists(rows: np.ndarray) -> pa.Array:
-    unknown = np.isnan(rows).any(1)
-    return pa.array([None if u else r for u, r in zip(unknown, rows, strict=True)], pa.list_(pa.float32()))
+    offsets = pa.array(np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1])
+    return pa.ListArray.from_arrays(offsets, rows.reshape(-1), mask=pa.array(np.isnan(rows).any(1)))
