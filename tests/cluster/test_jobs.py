@@ -173,7 +173,7 @@ def test_divergence_ends_with_code_5(small_store, tmp_path):
         (["--data", "/nowhere"], 2, "no finished tile store at /nowhere"),
         (["--data", "STORE", "--select.tiles", "1000"], 2, "asks for 1000 tiles a cycle, the pool has 128"),
         (["--data", "STORE", "--arch", "unett"], 2, "did you mean 'unet'?"),
-        (["--data", "STORE", "--select", "entropi"], 2, "select.strategy must be one of uniform, entropy"),
+        (["--data", "STORE", "--select", "entropi"], 2, "select.strategy must be one of uniform, epoch-queue"),
         (
             ["--data", "STORE", "--workers", "4096", "--optim.batch", "4096", "--optim.micro-batch", "1"],
             7,

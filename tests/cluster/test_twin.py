@@ -46,7 +46,7 @@ def test_stopped_resubmitted_and_submitted_twice(cluster, bucket):
         "--workers",
         "2",
         "--cycles",
-        "4",
+        "12",
         *FAST,
     ]
     ledger = Ledger(Storage(f"{bucket}/run"))
@@ -54,7 +54,7 @@ def test_stopped_resubmitted_and_submitted_twice(cluster, bucket):
     with terminated(first):
         assert first.stdout
         for line in first.stdout:
-            if " 1/4 " in line:
+            if " 1/12 " in line:
                 break
         else:
             pytest.fail("the job ended before its first cycle")
@@ -69,16 +69,16 @@ def test_stopped_resubmitted_and_submitted_twice(cluster, bucket):
         )  # fmt: skip
         assert time.monotonic() - began < STOP_SECONDS, stopped.stdout
     committed = len(ledger.manifests())
-    assert 1 <= committed < 4
+    assert 1 <= committed < 12
     leases = ledger.storage.list("leases")
     assert b'"beat": -1' in ledger.storage.read(max(leases))  # released, not left to be taken over
     again = job(cluster, *flags, name="again")
     out = again.communicate(timeout=300)[0]
     assert again.returncode == 0, out[-3000:]
-    assert f"continues after cycle {committed} of 4" in out
+    assert f"continues after cycle {committed} of 12" in out
     assert status(cluster, "again")["status"] == "SUCCEEDED"
     manifests = ledger.manifests()
-    assert len(manifests) == 4
+    assert len(manifests) == 12
     assert verify(ledger, Store.open(f"{bucket}/tiles").split("train")) == []
     nodes = {n["node_id"] for n in cluster.state("/api/v0/nodes")["data"]["result"]["result"]}
     for phase in ("train", "score"):
