@@ -145,13 +145,16 @@ class SelectConfig:
 class ClusterConfig:
     workers: int = 1
     """Training workers (data-parallel ranks)."""
+    min_workers: int | None = None
+    """Fewest workers: the run goes on with as many as find room, up to `workers`; none means exactly `workers`."""
     scorers: int | None = None
     """Scoring actors; none means one a GPU, or one a CPU up to 2 a worker."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where networks run; auto is cuda if the cluster has a GPU for every worker."""
-    worker_cpus: float = 0.5
-    """CPUs that Ray reserves for a training worker (its threads are set by the node's CPUs, not by this)."""
-    scorer_cpus: float = 0.1
+    worker_cpus: float = 0.6
+    """CPUs that Ray reserves for a training worker (its threads are set by the node's CPUs, not by this); more than half, so
+    that two never meet on one."""
+    scorer_cpus: float = 0.05
     """CPUs that Ray reserves for a scorer; scorers work while the workers wait."""
     reader_cpus: float = 0.25
     """CPUs that Ray reserves for a task that reads and augments tiles."""
@@ -165,24 +168,44 @@ class ClusterConfig:
     """Memory a scorer, and a worker for validation, may use for decoded tiles, GiB."""
     chunk: int = 256
     """Tiles a worker drains from its stream at once; the next chunk is read while this one trains."""
-    wait_nodes: float = 300.0
-    """Seconds to wait for the cluster to offer what was asked for (exit 7 after that)."""
+    commit_every_steps: int | None = None
+    """Steps between commits inside a cycle, so that a lost node costs no more; none commits at its end only."""
+    wait_nodes: float | None = None
+    """Seconds to wait for the cluster to offer what was asked for (exit 7 after that); none means 900 where an autoscaler can
+    start nodes and 120 elsewhere."""
     shared_filesystem: bool = False
     """Local paths are the same files on every node."""
 
     def __post_init__(self) -> None:
         _require(self.workers >= 1, f"cluster.workers must be at least 1, got {self.workers}")
         _require(
+            self.min_workers is None or 1 <= self.min_workers <= self.workers,
+            f"cluster.min_workers must be between 1 and cluster.workers {self.workers}, got {self.min_workers}",
+        )
+        _require(
             self.scorers is None or self.scorers >= 1,
             f"cluster.scorers must be at least 1, got {self.scorers}",
         )
         _require(self.chunk >= 1, f"cluster.chunk must be at least 1, got {self.chunk}")
+        _require(
+            self.commit_every_steps is None or self.commit_every_steps >= 1,
+            f"cluster.commit_every_steps must be at least 1, got {self.commit_every_steps}",
+        )
         for name in ("worker_cpus", "scorer_cpus", "reader_cpus"):
             _require(getattr(self, name) > 0, f"cluster.{name} must be positive, got {getattr(self, name)}")
 
+    def patience(self, *, autoscaling: bool) -> float:
+        """Seconds to wait for nodes."""
+        return self.wait_nodes if self.wait_nodes is not None else 900.0 if autoscaling else 120.0
+
     def device_with(self, gpus: float) -> str:
         """cpu or cuda, in a cluster of so many GPUs."""
-        return self.device if self.device != "auto" else "cuda" if gpus >= self.workers else "cpu"
+        return self.device if self.device != "auto" else "cuda" if gpus >= self.fewest else "cpu"
+
+    @property
+    def fewest(self) -> int:
+        """Workers without which the run does not go on."""
+        return self.min_workers or self.workers
 
     def worker(self, device: str) -> dict[str, float]:
         """Resources that Ray reserves for a training worker, by their names."""
@@ -193,9 +216,9 @@ class ClusterConfig:
         return {"CPU": self.scorer_cpus} | ({"GPU": self.scorer_gpus} if device == "cuda" else {})
 
     def demand(self, device: str, scorers: int) -> dict[str, float]:
-        """Resources of all workers, so many scorers and one read task."""
+        """Resources of the fewest workers, so many scorers and one read task."""
         worker, scorer = self.worker(device), self.scorer(device)
-        both = {k: self.workers * v + scorers * scorer[k] for k, v in worker.items()}
+        both = {k: self.fewest * v + scorers * scorer[k] for k, v in worker.items()}
         return both | {"CPU": both["CPU"] + self.reader_cpus}
 
 

@@ -22,7 +22,7 @@ import torch
 
 from raysed.cluster.connect import connect
 from raysed.cluster.launch import launch
-from raysed.cluster.scoring import Network, Scorer, score_pool, share_threads
+from raysed.cluster.scoring import Network, Scorer, present, score_pool
 from raysed.cluster.stream import Stream
 from raysed.config import AugmentConfig, ClusterConfig, Experiment, OptimConfig, SelectConfig
 from raysed.core import networks
@@ -387,7 +387,7 @@ def _scorers(bench: Bench, count: int) -> list[Any]:
     network = Network(ARCH, bench.classes, "auto", "cpu")
     actor: Any = ray.remote(Scorer).options(num_cpus=0.1)
     made = [actor.remote(network, bench.store.storage.uri, bench.side, 1 << 30) for _ in range(count)]
-    share_threads(made, 120)
+    present(made, 120, 120)
     return made
 
 

@@ -7,6 +7,7 @@ the plan and commits.  A restarted group reads the ledger and goes on.
 import json
 import math
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -29,14 +30,13 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from raysed.cluster.connect import quiet_data
 from raysed.cluster.scorekeeping import Scored, Scorekeeper
-from raysed.cluster.scoring import share_threads
 from raysed.cluster.stream import Row, Stream
 from raysed.config import Experiment
 from raysed.core import metrics, networks
 from raysed.core.acquisition import STRATEGIES
 from raysed.core.losses import class_weights
 from raysed.core.plan import Plan, plan
-from raysed.core.pool import Selection
+from raysed.core.pool import Selection, matrix
 from raysed.core.step import (
     Learner,
     MicroBatch,
@@ -54,8 +54,16 @@ from raysed.io.ledger import Ledger, Manifest, choose, config_hash, selection_ta
 from raysed.io.storage import Storage, digest
 from raysed.io.store import BadTile, Store
 
+SELECTED = ("selected.parquet", "scores.parquet")
+"""Files of a commit that are known once tiles are selected."""
+WORK = ("read", "train", "visit")
+"""Work of the ranks that is counted by node."""
 EXAMPLES, EXAMPLES_EVERY = 4, 5
 """Validation tiles that are pictured with label and prediction, and the cycles between pictures."""
+NOTICE_STEPS = 8
+"""Steps between two looks for a notice that a node is about to be taken away."""
+BEAT_SECONDS = 2.0
+"""Between two signs of life of rank 0."""
 HOLD_SECONDS = 60.0
 """How long a run waits at the point named by RAYSED_HOLD, for whoever wants to kill it there."""
 
@@ -79,6 +87,8 @@ class Setup:
     monitor: ActorHandle
     device: str
     environment: dict[str, Any]
+    patience: float
+    """Seconds to wait for nodes."""
     hold: str | None
     """`point@cycle` to wait at, for tests that kill a run there."""
 
@@ -94,7 +104,11 @@ class Clock:
     def phase(self, name: str) -> Any:
         began = time.perf_counter()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+        self.add(name, time.perf_counter() - began)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Count seconds of a phase."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def closed(self) -> dict[str, float]:
         """All phases, `other` and `total`, rounded to milliseconds."""
@@ -103,22 +117,55 @@ class Clock:
         return {k: round(v, 3) for k, v in {**self.seconds, "other": other, "total": total}.items()}
 
 
+@dataclass
+class OpenCycle:
+    """A cycle from its selection on: all that a commit inside it has to keep beside the learner's state."""
+
+    cycle: int
+    selection: Selection
+    excluded: list[str]
+    """Tiles that were in quarantine when it selected."""
+    files: dict[str, bytes]
+    """selected.parquet and, if there are scores, scores.parquet."""
+    scores: dict[str, Any] | None
+    """About the scores it selected by, for the record."""
+    clock: Clock
+    done: int = 0
+    """Steps that are done and counted below."""
+    losses: list[list[float]] = field(default_factory=list)
+    """Summed focal loss and known pixels of every step on every rank."""
+    visits: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    """Positions and their rows of `visit_scores`."""
+    nodes: dict[str, Counter[str]] = field(default_factory=lambda: {k: Counter() for k in WORK})
+    """Tiles read, steps trained and tiles visited by them, by node."""
+
+
+@dataclass
+class Part:
+    """What one rank has done of a cycle and not yet told the others."""
+
+    stream: Stream
+    began: float = field(default_factory=time.perf_counter)
+    losses: list[torch.Tensor] = field(default_factory=list)
+    positions: list[range] = field(default_factory=list)
+    visits: list[torch.Tensor] = field(default_factory=list)
+
+
 def run(config: dict[str, Any]) -> None:
     """The training function of every rank: all arms, one after the other."""
     setup: Setup = config["setup"]
-    if ray.get(setup.monitor.has_failed.remote()):
-        return  # Ray restarts a group whose ranks raised; this error would only come again
-    quiet_data()
     context = ray.train.get_context()
     first = context.get_world_rank() == 0
+    if not broadcast_from_rank_zero(ray.get(setup.monitor.begin.remote()) if first else None):
+        return  # Ray restarts a group whose ranks raised; the error that was posted would only come again
+    quiet_data()
+    if first:
+        threading.Thread(target=_beat, args=(setup.monitor,), daemon=True, name="raysed-beat").start()
     try:
-        if first:
-            setup.monitor.post.remote({"kind": "started"})
-        threads = []
-        if first and setup.scorers:
-            threads = share_threads(setup.scorers, setup.arms[0].experiment.cluster.wait_nodes)
+        if first and setup.arms[0].experiment.cluster.min_workers:
+            setup.monitor.post.remote({"kind": "say", "text": f"{context.get_world_size()} workers train"})
         for arm in setup.arms:
-            if not Worker(setup, arm, threads).run():
+            if not Worker(setup, arm).run():
                 break
     except RaysedError as error:
         failed = {"kind": "failed", "error": type(error).__name__, "text": str(error)}
@@ -126,14 +173,24 @@ def run(config: dict[str, Any]) -> None:
         if context.get_world_size() > 1:
             raise  # other ranks may wait for this one in a collective: only an error frees them
         return
+    except Exception as error:
+        ray.get(setup.monitor.lost.remote(f"{type(error).__name__}: {error}".split("\n", 1)[0]))
+        raise
     if first:
         ray.get(setup.monitor.post.remote({"kind": "done"}))
+
+
+def _beat(monitor: ActorHandle) -> None:
+    with suppress(ray.exceptions.RayError):  # the monitor is gone: the run is over
+        while True:
+            ray.get(monitor.beat.remote())
+            time.sleep(BEAT_SECONDS)
 
 
 class Worker:
     """One rank of one arm."""
 
-    def __init__(self, setup: Setup, arm: Arm, scorer_threads: list[int]) -> None:
+    def __init__(self, setup: Setup, arm: Arm) -> None:
         self.setup, self.arm, self.exp = setup, arm, arm.experiment
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
@@ -153,7 +210,7 @@ class Worker:
         if STRATEGIES[self.exp.select.strategy].needs:
             self.keeper = Scorekeeper(
                 setup.scorers,
-                scorer_threads,
+                setup.patience,
                 self.store,
                 self.exp.select,
                 multiple=int(self.learner.net.multiple),  # type: ignore[arg-type]
@@ -166,6 +223,8 @@ class Worker:
         self.examples: list[Row] = []
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="raysed-commit")
         self._pending: Future[None] | None = None
+        self._open: OpenCycle | None = None
+        self._noticed = False
 
     def run(self) -> bool:
         """All cycles that are left; False if the run was asked to stop."""
@@ -232,25 +291,118 @@ class Worker:
     def _resume(self) -> tuple[int, str]:
         """First cycle to run and the hash of the weights it starts from; state is loaded from the ledger."""
         last: Manifest | None = self._first(lambda: self.ledger.resume_point(self._say))
+        start = last.cycle + 1 if last else 0
+        begun: Manifest | None = None
+        if start < self.exp.cycles:
+            begun = self._first(lambda: self.ledger.begun(start, config_hash(self.exp), self._say))
+        if begun or last:
+            self._load(begun or last)  # type: ignore[arg-type]
+        if last and self.rank == 0:
+            self.ledger.prune_steps(last.cycle)
+            if start < self.exp.cycles:
+                inside = f" and step {begun.step} of cycle {start + 1}" if begun else ""
+                self._say(f"continues after cycle {start} of {self.exp.cycles}{inside}")
+        elif begun:
+            self._say(f"continues after step {begun.step} of cycle 1 of {self.exp.cycles}")
         if last is None:
-            return 0, digest(checkpoint.pack(self.learner.weights()))
+            weights = self.learner.weights() if begun is None else weights_of(self._network())
+            return 0, digest(checkpoint.pack(weights))
+        return start, last.files["model.safetensors"]["sha256"]
+
+    def _load(self, commit: Manifest) -> None:
+        """The state after a cycle, or after some steps of one."""
         for name, load in (
             ("model.safetensors", self.learner.load_weights),
             ("optimizer.safetensors", self.learner.load_optimizer_state),
         ):
-            load(checkpoint.unpack(self.ledger.read(last, name), name))
-        state = json.loads(self.ledger.read(last, "state.json"))
+            load(checkpoint.unpack(self.ledger.read(commit, name), name))
+        state = json.loads(self.ledger.read(commit, "state.json"))
         self.state = state["strategy"]
-        if self.keeper and self.rank == 0:
-            visits = self.ledger.table(last, "visits.parquet") if "visits.parquet" in last.files else None
-            self.keeper.restore(self.ledger.table(last, "scores.parquet"), visits)
         self.quarantine = {b["tile_id"]: BadTile(**b) for b in state["quarantine"]}
-        if self.rank == 0 and last.cycle + 1 < self.exp.cycles:
-            self._say(f"continues after cycle {last.cycle + 1} of {self.exp.cycles}")
-        return last.cycle + 1, last.files["model.safetensors"]["sha256"]
+        inside = commit.step is not None
+        if self.keeper and self.rank == 0:
+            visits = self.ledger.table(commit, "visits.parquet") if "visits.parquet" in commit.files else None
+            self.keeper.restore(self.ledger.table(commit, "scores.parquet"), None if inside else visits)
+        if inside:
+            selected = self.ledger.table(commit, "selected.parquet").to_pydict()
+            record, seconds = commit.record, commit.record["seconds"]
+            rows = []
+            if "visits.parquet" in commit.files:
+                table = self.ledger.table(commit, "visits.parquet")
+                rows = list(zip(table["position"].to_pylist(), matrix(table["row"]), strict=True))
+            self._open = OpenCycle(
+                commit.cycle,
+                Selection(selected["tile_id"], selected["weight"], selected["reason"], state["strategy"]),
+                state["excluded"],
+                {n: self.ledger.read(commit, n) for n in SELECTED if n in commit.files},
+                record["scores"],
+                Clock(dict(seconds), time.perf_counter() - sum(seconds.values())),
+                commit.step or 0,
+                record["losses"],
+                rows,
+                {k: Counter(v) for k, v in record["nodes"].items()},
+            )
 
     def _cycle(self, cycle: int, steps: int) -> None:
-        clock, started = Clock(), datetime.now(UTC).isoformat(timespec="seconds")
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        opened, self._open = self._open or self._begin(cycle), None
+        clock, selection = opened.clock, opened.selection
+        order = plan(
+            selection.tile_ids, self.exp.seed, cycle, self.exp.optim.batch, self.exp.optim.micro_batch
+        )
+        train = self._train(opened, order, steps)
+        self._at("evaluate", cycle)
+        with clock.phase("evaluate"):
+            val, read = self._evaluate()
+        self._check(cycle, train)
+        if self.rank == 0:
+            began = time.perf_counter()
+            self._settle()
+            model, optimizer = checkpoint.pack(self.learner.weights()), self.learner.optimizer_state()
+            self.weights_hash = digest(model)
+            files = {
+                **opened.files,
+                "model.safetensors": model,
+                "state.json": self._state_bytes(opened),
+            }
+            if self.keeper and self.collects:
+                files["visits.parquet"] = table_bytes(self.keeper.visits_table())
+            if cycle % EXAMPLES_EVERY == 0 or cycle == self.exp.cycles - 1:
+                files["examples.png"] = self._pictured()
+            scores = opened.scores
+            record = {
+                "strategy": self.exp.select.strategy,
+                "seed": self.exp.seed,
+                "config_hash": config_hash(self.exp),
+                "dataset_hash": self.store.dataset.content_hash,
+                "scoring_weights": scores and scores["weights"],
+                "tiles": len(order.order),
+                "steps": order.steps,
+                "quarantined": len(self.quarantine),
+                "train": train,
+                "val": val,
+                "scores": scores and {k: scores[k] for k in ("tiles", "entropy_mean")},
+                "nodes": {
+                    **{k: dict(c) for k, c in opened.nodes.items()},
+                    "read": dict(opened.nodes["read"] + read),
+                    "score": scores["nodes"] if scores else {},
+                },
+                "workers": self.workers,
+                "threads": self.threads,
+                "precision": self.precision,
+                "device": str(self.device),
+                "environment": self.setup.environment,
+                "started": started,
+            }
+            clock.add("commit", time.perf_counter() - began)
+            record["seconds"] = clock.closed()
+            self._pending = self._committer.submit(self._commit, cycle, files, optimizer, record)
+        self.state = selection.state
+        ray.train.report({"cycle": cycle, "loss": train["loss"], "miou": val["miou"]})
+
+    def _begin(self, cycle: int) -> OpenCycle:
+        """Score and select."""
+        clock = Clock()
         self._at("score", cycle)
         scores = self._score(cycle, clock) if self.keeper else None
         excluded = sorted(self.quarantine)
@@ -259,56 +411,19 @@ class Worker:
         self._at("select", cycle)
         if self.keeper and self.rank == 0:
             self.keeper.begin_ahead(self._selectable(), self._weights)
-        order = plan(
-            selection.tile_ids, self.exp.seed, cycle, self.exp.optim.batch, self.exp.optim.micro_batch
-        )
-        train, nodes = self._train(cycle, order, steps, clock, selection)
-        self._at("evaluate", cycle)
-        with clock.phase("evaluate"):
-            val = self._evaluate(nodes)
-        self._check(cycle, train)
+        files, about = {}, None
         if self.rank == 0:
-            began = time.perf_counter()
-            self._settle()
-            model, optimizer = checkpoint.pack(self.learner.weights()), self.learner.optimizer_state()
-            self.weights_hash = digest(model)
-            files = {
-                "model.safetensors": model,
-                "selected.parquet": table_bytes(selection_table(selection)),
-                "state.json": self._state_bytes(selection.state, excluded),
+            files["selected.parquet"] = table_bytes(selection_table(selection))
+        if scores:
+            files["scores.parquet"] = table_bytes(scores.table)
+            mean = pc.mean(scores.table["entropy"]).as_py()
+            about = {
+                "tiles": scores.tiles,
+                "entropy_mean": mean,
+                "weights": scores.weights,
+                "nodes": scores.nodes,
             }
-            if scores:
-                files["scores.parquet"] = table_bytes(scores.table)
-            if self.keeper and self.collects:
-                files["visits.parquet"] = table_bytes(self.keeper.visits_table())
-            if cycle % EXAMPLES_EVERY == 0 or cycle == self.exp.cycles - 1:
-                files["examples.png"] = self._pictured()
-            record = {
-                "strategy": self.exp.select.strategy,
-                "seed": self.exp.seed,
-                "config_hash": config_hash(self.exp),
-                "dataset_hash": self.store.dataset.content_hash,
-                "scoring_weights": scores.weights if scores else None,
-                "tiles": len(order.order),
-                "steps": order.steps,
-                "quarantined": len(self.quarantine),
-                "train": train,
-                "val": val,
-                "scores": scores
-                and {"tiles": scores.tiles, "entropy_mean": pc.mean(scores.table["entropy"]).as_py()},
-                "nodes": {**nodes, "score": scores.nodes if scores else {}},
-                "workers": self.workers,
-                "threads": self.threads,
-                "precision": self.precision,
-                "device": str(self.device),
-                "environment": self.setup.environment,
-                "started": started,
-            }
-            clock.seconds["commit"] = time.perf_counter() - began
-            record["seconds"] = clock.closed()
-            self._pending = self._committer.submit(self._commit, cycle, files, optimizer, record)
-        self.state = selection.state
-        ray.train.report({"cycle": cycle, "loss": train["loss"], "miou": val["miou"]})
+        return OpenCycle(cycle, selection, excluded, files, about, clock)
 
     def _score(self, cycle: int, clock: Clock) -> Scored | None:
         """Scores of the pool, on rank 0; the other ranks wait for the selection."""
@@ -346,67 +461,116 @@ class Worker:
             excluded=set(excluded),
         )
 
-    def _train(
-        self, cycle: int, order: Plan, steps: int, clock: Clock, selection: Selection
-    ) -> tuple[dict[str, float], dict[str, Any]]:
-        exp = self.exp
-        share = [(p, order.order[p]) for p in order.share(self.rank, self.workers)]
+    def _train(self, opened: OpenCycle, order: Plan, steps: int) -> dict[str, float]:
+        """All steps that are left; loss and learning rate of the cycle."""
+        exp, cycle, selection = self.exp, opened.cycle, opened.selection
+        own = order.share(self.rank, self.workers)
+        share = [(p, order.order[p]) for p in own if p >= opened.done * exp.optim.batch]
         stream = self._stream("train", share, keys=(exp.seed, cycle))
-        began, done, lr = time.perf_counter(), [], exp.optim.lr
+        part = Part(stream)
+        lr = exp.optim.lr
         weighted = any(w != 1 for w in selection.weights)
         weight_of = dict(zip(selection.tile_ids, selection.weights, strict=True))
-        visits: list[torch.Tensor] | None = [] if self.collects else None
-        visited: list[range] = []
-        for step in range(order.steps):
+        for step in range(opened.done, order.steps):
             if step == order.steps // 2:
                 self._at("train", cycle)
             micro = []
             for number, positions in order.micro_batches(step, self.rank, self.workers):
                 images, labels = self._arrays(stream.take(positions))
-                own = [weight_of[order.order[p]] for p in positions] or [1.0]
-                weight = torch.tensor(own, device=self.device) if weighted else None
+                weights = [weight_of[order.order[p]] for p in positions] or [1.0]
+                weight = torch.tensor(weights, device=self.device) if weighted else None
                 micro.append(MicroBatch(number, *to_device(images, labels, self.device), weight))
-                visited.append(positions)
+                part.positions.append(positions)
             lr = learning_rate(exp.optim.lr, exp.optim.schedule, cycle * steps + step, exp.cycles * steps)
             tiles = min(exp.optim.batch, len(order.order) - step * exp.optim.batch)
-            done.append(
+            part.losses.append(
                 self.learner.step(
                     micro,
                     lr=lr,
                     key=("drop", exp.seed, cycle, step),
                     total=-(-tiles // exp.optim.micro_batch),
-                    visits=visits,
+                    visits=part.visits if self.collects else None,
                 )
             )
+            if step + 1 < order.steps and self._is_due(step + 1):
+                part = self._count(opened, part, step + 1)
+                if self.rank == 0:
+                    self._commit_inside(opened)
         stream.close()
-        totals = torch.stack(done).double().sum(0)
-        if self.workers > 1:
-            dist.all_reduce(totals)
-        loss, pixels = totals.tolist()
-        clock.seconds["stall"] = stream.stall
-        clock.seconds["train"] = time.perf_counter() - began - stream.stall
-        self._share_quarantine(stream.bad)
-        if visits is not None:
-            self._share_visits(order, visited, visits)
-        nodes = self._gathered({"read": dict(stream.nodes), "train": {node_id(): order.steps}})
-        return {"loss": loss / max(pixels, 1), "lr": lr}, nodes
+        self._count(opened, part, order.steps)
+        if self.keeper and self.collects and self.rank == 0:
+            visits = sorted(opened.visits, key=lambda v: v[0])
+            visits = [
+                v for v in visits if order.order[v[0]] not in self.quarantine
+            ]  # black, they tell nothing
+            rows = np.stack([row for _, row in visits]) if visits else self.keeper.visits[1][:0]
+            self.keeper.visits = [order.order[p] for p, _ in visits], rows
+        loss, pixels = (math.fsum(column) for column in zip(*opened.losses, strict=True))
+        return {"loss": loss / max(pixels, 1), "lr": lr}
 
-    def _share_visits(self, order: Plan, visited: list[range], visits: list[torch.Tensor]) -> None:
-        """Rank 0's keeper gets the visits of all ranks, in the order of the plan; bad tiles were black and tell nothing."""
-        own = [
+    def _is_due(self, done: int) -> bool:
+        """Whether to commit inside the cycle after so many steps: asked for, or a node is about to be taken away."""
+        every = self.exp.cluster.commit_every_steps
+        due = bool(every) and done % every == 0  # type: ignore[operator]
+        if done % NOTICE_STEPS == 0 and not self._noticed and ray.train.get_preemption_info() is not None:
+            if self.rank == 0:
+                self._say("a node will be taken away: committing")
+            self._noticed = due = True
+        return due
+
+    def _count(self, opened: OpenCycle, part: "Part", done: int) -> "Part":
+        """Add to the cycle what all ranks have done since the last time; what to count next."""
+        stall, nodes, bad = part.stream.told()
+        opened.clock.add("train", time.perf_counter() - part.began - stall)
+        opened.clock.add("stall", stall)
+        visits = [
             (p, row)
-            for ps, rows in zip(visited, visits, strict=True)
-            for p, row in zip(ps, rows.cpu().numpy(), strict=False)
+            for positions, rows in zip(part.positions, part.visits, strict=False)
+            for p, row in zip(positions, rows.cpu().numpy(), strict=False)
         ]
-        parts = [own]
-        if self.workers > 1:
-            parts = [[] for _ in range(self.workers)]
-            dist.all_gather_object(parts, own)
-        if self.keeper and self.rank == 0:
-            both = sorted(((p, row) for part in parts for p, row in part), key=lambda v: v[0])
-            both = [v for v in both if order.order[v[0]] not in self.quarantine]
-            rows = np.stack([row for _, row in both]) if both else self.keeper.visits[1][:0]
-            self.keeper.visits = [order.order[p] for p, _ in both], rows
+        losses = torch.stack(part.losses).tolist() if part.losses else []
+        here = node_id()
+        visited = Counter({here: sum(map(len, part.positions))})
+        work = {"read": nodes, "train": Counter({here: len(losses)}), "visit": visited}
+        for own_losses, own_visits, own_work, own_bad in self._everyone((losses, visits, work, bad)):
+            opened.losses += own_losses
+            opened.visits += own_visits
+            for kind in WORK:
+                opened.nodes[kind] += own_work[kind]
+            self._quarantine(own_bad)
+        opened.done = done
+        return Part(part.stream)
+
+    def _commit_inside(self, opened: OpenCycle) -> None:
+        """Commit the state after some steps, in a thread."""
+        with opened.clock.phase("commit"):
+            self._settle()
+            files = {**opened.files, "state.json": self._state_bytes(opened)}
+            if opened.visits:
+                positions, rows = zip(*opened.visits, strict=True)
+                files["visits.parquet"] = table_bytes(
+                    pa.table({"position": positions, "row": pa.array(list(rows), pa.list_(pa.float32()))})
+                )
+            model, optimizer = self.learner.weights(), self.learner.optimizer_state()
+        record = {
+            "config_hash": config_hash(self.exp),
+            "scores": opened.scores,
+            "losses": list(opened.losses),
+            "nodes": {k: dict(v) for k, v in opened.nodes.items()},
+            "seconds": dict(opened.clock.seconds),
+        }
+        cycle, step, every = opened.cycle, opened.done, self.exp.cluster.commit_every_steps
+
+        def commit() -> None:
+            files["model.safetensors"] = checkpoint.pack(model)
+            files["optimizer.safetensors"] = checkpoint.pack(optimizer)
+            self.ledger.commit(cycle, files, lambda: record, step)
+            self.setup.monitor.post.remote({"kind": "inside"})
+            self.ledger.prune_steps(
+                cycle, before=step - (every or 0)
+            )  # the one before stays, should this one rot
+
+        self._pending = self._committer.submit(commit)
 
     def _arrays(self, rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
         """Images and labels of a micro-batch; one black, void tile if there is none."""
@@ -415,7 +579,9 @@ class Worker:
             return np.zeros((1, side, side, 3), np.uint8), np.zeros((1, side, side), np.uint8)
         return np.stack([r.image for r in rows]), np.stack([r.label for r in rows])
 
-    def _evaluate(self, nodes: dict[str, Any]) -> dict[str, Any]:
+    def _evaluate(self) -> tuple[dict[str, Any], Counter[str]]:
+        """Metrics on the validation tiles, and how many of them each node has read for it."""
+        nodes: Counter[str] = Counter()
         if self.validation_rows is not None:
             totals = self._totals(self.validation_rows)
         else:
@@ -428,9 +594,9 @@ class Worker:
                 self.validation_rows = list(read)
             totals = self._totals(self.validation_rows or read)
             stream.close()
-            self._share_quarantine(stream.bad)
-            read_now = self._gathered({"read": dict(stream.nodes)})["read"]
-            nodes["read"] = dict(Counter(nodes["read"]) + Counter(read_now))
+            for read, bad in self._everyone((stream.nodes, stream.bad)):
+                nodes += read
+                self._quarantine(bad)
         loss, pixels, soft, count = totals.sums.tolist()
         counts = totals.counts.cpu().numpy()
         return {
@@ -439,7 +605,7 @@ class Worker:
             "tiles": len(self.validation),
             **metrics.scores(counts, self.names),
             "counts": counts.tolist(),
-        }
+        }, nodes
 
     def _totals(self, batches: Iterable[list[Row]]) -> Totals:
         def arrays() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -483,21 +649,13 @@ class Worker:
             limits=self.exp.augment,
         )
 
-    def _gathered(self, own: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
-        """Counts by node, summed over ranks."""
+    def _everyone(self, own: Any) -> list[Any]:
+        """What each rank has to tell, in the order of ranks."""
         parts = [own]
         if self.workers > 1:
-            parts = [{} for _ in range(self.workers)]
+            parts = [None] * self.workers
             dist.all_gather_object(parts, own)
-        return {k: dict(sum((Counter(p[k]) for p in parts), Counter())) for k in own}
-
-    def _share_quarantine(self, bad: list[BadTile]) -> None:
-        """Every rank learns the bad tiles of all."""
-        parts = [bad]
-        if self.workers > 1:
-            parts = [[] for _ in range(self.workers)]
-            dist.all_gather_object(parts, bad)
-        self._quarantine([b for part in parts for b in part])
+        return parts
 
     def _quarantine(self, bad: list[BadTile]) -> None:
         for tile in bad:
@@ -523,12 +681,13 @@ class Worker:
                 f"training diverged in cycle {cycle}: loss {train['loss']}; the last good cycle is committed: lower optim.lr"
             )
 
-    def _state_bytes(self, strategy: dict[str, Any], excluded: list[str]) -> bytes:
-        quarantine = [asdict(self.quarantine[t]) for t in sorted(self.quarantine)]
-        return (
-            json.dumps({"strategy": strategy, "excluded": excluded, "quarantine": quarantine}, indent=1)
-            + "\n"
-        ).encode()
+    def _state_bytes(self, opened: OpenCycle) -> bytes:
+        state = {
+            "strategy": opened.selection.state,
+            "excluded": opened.excluded,
+            "quarantine": [asdict(self.quarantine[t]) for t in sorted(self.quarantine)],
+        }
+        return (json.dumps(state, indent=1) + "\n").encode()
 
     def _settle(self) -> None:
         """Wait until the cycle before is committed, and raise what went wrong with it."""
@@ -548,6 +707,8 @@ class Worker:
 
         manifest = self.ledger.commit(cycle, files, completed)
         self.ledger.prune(cycle)
+        if self.exp.cluster.commit_every_steps or self._noticed:
+            self.ledger.prune_steps(cycle)
         self.setup.monitor.post.remote({"kind": "cycle", "arm": self.arm.name, "manifest": manifest})
 
 

@@ -18,6 +18,7 @@ from raysed.cluster.launch import (
     check_resources,
     check_run_paths,
     device_of,
+    patience,
     scorer_count,
 )
 from raysed.config import Experiment
@@ -130,10 +131,10 @@ def _speed(
     )
     small = replace(experiment, cluster=replace(cluster, workers=1))
     try:
-        train, forward = ray.get(task.remote(small, len(store.dataset.classes), store.dataset.tile_size, device), timeout=cluster.wait_nodes)  # fmt: skip
+        train, forward = ray.get(task.remote(small, len(store.dataset.classes), store.dataset.tile_size, device), timeout=patience(experiment))  # fmt: skip
     except ray.exceptions.GetTimeoutError as error:
         raise ResourcesError(
-            f"no worker measured its speed within {cluster.wait_nodes:.0f} s: give --tiles-per-second"
+            f"no worker measured its speed within {patience(experiment):.0f} s: give --tiles-per-second"
         ) from error
     text = f"{MEASURED} steps measured on one {device} worker"
     return Speed(train * cluster.workers, forward * cluster.workers, f"{text}, times {cluster.workers}")

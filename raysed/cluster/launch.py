@@ -14,17 +14,17 @@ import ray
 import ray.exceptions
 import ray.train
 from ray.actor import ActorHandle
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysed import errors
 from raysed.cluster import cycles
-from raysed.cluster.connect import check_paths, connect
+from raysed.cluster.connect import NodeType, check_paths, connect, node_types
 from raysed.cluster.cycles import Arm, Setup
 from raysed.cluster.scorekeeping import RECORDED
 from raysed.cluster.scoring import Network, Scorer
 from raysed.cluster.telemetry import Monitor, Progress, TensorBoard
-from raysed.config import Experiment
+from raysed.config import ClusterConfig, Experiment
 from raysed.core import networks
 from raysed.core.acquisition import STRATEGIES
 from raysed.errors import RaysedError, ResourcesError, UsageError, rebuilt
@@ -36,10 +36,13 @@ from raysed.io.store import Store
 TRAIN_SETTINGS = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train view
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon an end or a death is seen; 2 s of every start and end otherwise
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # a group that shrinks waits so long for a node that is gone; 60 s otherwise
 }
 """Ray Train reads these where `fit` is called; what the user has set stands."""
-RESTARTS = 3
-"""Times Ray restarts the worker group after a lost worker or node."""
+RESIZE_SECONDS = 15.0
+"""Seconds between two looks for nodes that could take more workers."""
+COLLECTIVE_SECONDS = 300
+"""After which a rank that waits for another one gives up, and the workers are started again: the other one may hang."""
 ENDING_SECONDS = 60.0
 """How long the workers of a run that has failed may take to give the cluster back."""
 
@@ -122,7 +125,7 @@ def _run(
     watcher: Any = ray.remote(Monitor).options(num_cpus=0, max_concurrency=8, scheduling_strategy=_here())
     monitor = watcher.remote(scorers, stopper.allowed)
     pool = _start_scorers(experiment, store, device, scorers)
-    setup = Setup(held, pool, monitor, device, environment(), hold)
+    setup = Setup(held, pool, monitor, device, environment(), patience(experiment), hold)
     boards, committed = {}, {}
     for arm in held:
         run = Storage(str(arm.experiment.run))
@@ -132,7 +135,7 @@ def _run(
     stopper.take(monitor)
     try:
         Watch(monitor, progress, boards, say, stopper.cycle).over(
-            _trainer(experiment, setup), experiment.cluster.wait_nodes
+            _trainer(experiment, setup), patience(experiment)
         )
     finally:
         for board in boards.values():
@@ -187,30 +190,42 @@ def check_run_paths(experiment: Experiment) -> None:
 
 
 def device_of(experiment: Experiment) -> str:
-    """cpu or cuda."""
-    return experiment.cluster.device_with(ray.cluster_resources().get("GPU", 0))
+    """cpu or cuda; GPUs that an autoscaler may still start count."""
+    to_come = sum(t.most * t.resources.get("GPU", 0) for t in node_types() if t.resources.get("GPU"))
+    return experiment.cluster.device_with(max(ray.cluster_resources().get("GPU", 0), to_come))
+
+
+def patience(experiment: Experiment) -> float:
+    """Seconds to wait for nodes of this cluster."""
+    return experiment.cluster.patience(autoscaling=bool(node_types()))
 
 
 def scorer_count(experiment: Experiment, device: str) -> int:
     """Scoring actors, if there is anything to score."""
-    resources = ray.cluster_resources()
+    resources, workers = ray.cluster_resources(), experiment.cluster.workers
     units = (
-        resources.get("GPU", 0)
+        max(resources.get("GPU", 0), workers)
         if device == "cuda"
-        else min(resources.get("CPU", 1), 2 * experiment.cluster.workers)
+        else min(resources.get("CPU", 1), 2 * workers)
     )
     return experiment.cluster.scorers or max(1, int(units))
 
 
 def check_resources(experiment: Experiment, device: str, scorers: int) -> None:
-    """Prove that workers, scorers and at least one read task fit at once: Ray would wait for ever without an error."""
+    """Prove that workers, scorers and at least one read task fit at once: Ray would wait for ever without an error.
+
+    Where an autoscaler can start nodes for them it is enough that it may; their demand starts them.
+    """
     cluster = experiment.cluster
     wanted = cluster.demand(device, scorers)
-    until = time.monotonic() + (cluster.wait_nodes if len(ray.nodes()) > 1 else 0)
+    if types := node_types():
+        _check_types(cluster, device, scorers, types)
+        return
+    until = time.monotonic() + (cluster.patience(autoscaling=False) if len(ray.nodes()) > 1 else 0)
     while True:
         have = ray.cluster_resources()
         short = {k: v for k, v in wanted.items() if v > have.get(k, 0)}
-        crowded = device == "cpu" and cluster.workers > have.get("CPU", 0)
+        crowded = device == "cpu" and cluster.fewest > have.get("CPU", 0)
         if not short and not crowded:
             return
         if time.monotonic() >= until:
@@ -219,10 +234,32 @@ def check_resources(experiment: Experiment, device: str, scorers: int) -> None:
     offered = ", ".join(f"{have.get(k, 0):g} {k}" for k in wanted)
     asked = ", ".join(f"{v:g} {k}" for k, v in wanted.items())
     raise ResourcesError(
-        f"{cluster.workers} workers, {scorers} scorers and a read task ask for {asked}"
+        f"{cluster.fewest} workers, {scorers} scorers and a read task ask for {asked}"
         + (" and a CPU for each worker" if crowded else "")
         + f", the cluster has {offered}: lower --workers or --scorers, or add nodes"
     )
+
+
+def _check_types(cluster: ClusterConfig, device: str, scorers: int, types: list[NodeType]) -> None:
+    """Prove that the nodes there are and those that may be started can hold what is asked for."""
+    there = [NodeType("now", n["Resources"], 1) for n in ray.nodes() if n["Alive"]]
+    offered = "; ".join(f"{t.most:g} x {t.name} ({', '.join(f'{v:g} {k}' for k, v in t.resources.items() if k in ('CPU', 'GPU'))})" for t in types)  # fmt: skip
+    for what, count, bundle in (
+        ("worker", cluster.fewest, cluster.worker(device)),
+        ("scorer", scorers, cluster.scorer(device)),
+        ("read task", 1, {"CPU": cluster.reader_cpus}),
+    ):
+        room = sum(
+            t.most * min(t.resources[k] // v for k, v in bundle.items())
+            for t in (*there, *types)
+            if t.holds(bundle)
+        )
+        if room < count:
+            asked = ", ".join(f"{v:g} {k}" for k, v in bundle.items())
+            raise ResourcesError(
+                f"{count} x {what} of {asked} will never find room: the autoscaler may start {offered}; lower --workers or "
+                "--scorers, ask for less a piece (--cluster.*), or allow more or larger nodes in the cluster's configuration"
+            )
 
 
 def _here() -> NodeAffinitySchedulingStrategy:
@@ -247,19 +284,22 @@ def _trainer(experiment: Experiment, setup: Setup) -> TorchTrainer:
         os.environ.setdefault(name, value)
     cluster = experiment.cluster
     gpu = setup.device == "cuda"
+    workers: Any = (cluster.fewest, cluster.workers) if cluster.min_workers else cluster.workers
     return TorchTrainer(
         cycles.run,
         train_loop_config={"setup": setup},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.workers,
+        scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]  # Ray's hints are those of its old Train
+            num_workers=workers,
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
             use_gpu=gpu,
             resources_per_worker=cluster.worker(setup.device),
             placement_strategy="PACK" if gpu else "SPREAD",
         ),
+        torch_config=TorchConfig(timeout_s=COLLECTIVE_SECONDS),
         run_config=ray.train.RunConfig(
             name=f"raysed-{os.getpid()}-{int(time.time())}",
             storage_path=tempfile.mkdtemp(prefix="raysed-train-"),
-            failure_config=ray.train.FailureConfig(max_failures=RESTARTS),
+            failure_config=ray.train.FailureConfig(max_failures=-1),  # the monitor counts instead
         ),
     )
 
@@ -273,7 +313,6 @@ class Watch:
     boards: dict[str, TensorBoard]
     say: Callable[[str], None]
     on_cycle: Callable[[Manifest], None]
-    started: bool = False
     failed: RaysedError | None = None
     failed_at: float = 0.0
 
@@ -282,7 +321,7 @@ class Watch:
 
         Raises:
             RaysedError: the error that a rank has reported.
-            ResourcesError: the workers did not start within `patience` seconds.
+            ResourcesError: for `patience` seconds there was no worker.
         """
         ended: list[BaseException | None] = []
 
@@ -294,7 +333,7 @@ class Watch:
                 ended.append(error)
 
         threading.Thread(target=fit, daemon=True, name="raysed-fit").start()
-        began, seen = time.monotonic(), 0
+        seen = 0
         while True:
             over = bool(ended)
             events: list[dict[str, Any]] = ray.get(self.monitor.wait.remote(seen, 0.5))
@@ -305,13 +344,13 @@ class Watch:
                 break
             if self.failed and time.monotonic() - self.failed_at > ENDING_SECONDS:
                 break
-            if not self.started and time.monotonic() - began > patience:
+            if not over and not events and ray.get(self.monitor.silent.remote()) > patience:
                 free = ", ".join(
                     f"{v:g} {k}" for k, v in ray.available_resources().items() if k in ("CPU", "GPU")
                 )
                 raise ResourcesError(
-                    f"the training workers did not start within {patience:.0f} s, the cluster has {free or 'no CPU'} free: wait "
-                    "until other jobs have ended, or raise --cluster.wait-nodes"
+                    f"there has been no training worker for {patience:.0f} s, the cluster has {free or 'no CPU'} free: add nodes, "
+                    "wait until other jobs have ended, or raise --cluster.wait-nodes; the same command continues"
                 )
         if self.failed:
             raise self.failed
@@ -319,7 +358,6 @@ class Watch:
             raise ended[0]
 
     def _handle(self, event: dict[str, Any]) -> None:
-        self.started = True
         if event["kind"] == "say":
             self.say(event["text"])
         elif event["kind"] == "phase" and event["holding"]:

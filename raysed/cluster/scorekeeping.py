@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from ray.actor import ActorHandle
 
-from raysed.cluster.scoring import Scores, score_pool
+from raysed.cluster.scoring import Scores, present, score_pool
 from raysed.config import SelectConfig
 from raysed.core.acquisition import STRATEGIES
 from raysed.core.pool import matrix
@@ -18,6 +18,8 @@ from raysed.io.store import BadTile, Store
 
 Weights = Callable[[], tuple[dict[str, np.ndarray], str]]
 """A network's state dict as arrays, and its hash."""
+FIRST_GRACE, GRACE = 60.0, 3.0
+"""Seconds that the first scorer waits for the others: when the workers begin, and later, when one may have lost its node."""
 SAMPLE = 32
 """Visited tiles that a scorer scores too, to bring by-product scores onto its scale."""
 COLLECTED = frozenset({"loss", "class_loss"})
@@ -44,7 +46,7 @@ class Scorekeeper:
 
     Args:
         scorers: the pool; empty if the strategy needs no forward pass.
-        threads: of each.
+        patience: seconds to wait for a scorer.
         store: the tile store.
         select: strategy and mode.
         multiple: side of a tile that the network takes is a multiple of this.
@@ -53,14 +55,15 @@ class Scorekeeper:
     def __init__(
         self,
         scorers: Sequence[ActorHandle],
-        threads: Sequence[int],
+        patience: float,
         store: Store,
         select: SelectConfig,
         *,
         multiple: int,
     ) -> None:
         strategy = STRATEGIES[select.strategy]
-        self.scorers, self.threads, self.store = scorers, threads, store
+        self.scorers, self.patience, self.store = scorers, patience, store
+        self._grace = FIRST_GRACE
         self.mode = select.scores if strategy.needs_scores else "visits"
         self.refresh = select.refresh
         self.collects = bool(strategy.needs & COLLECTED) or self.mode == "byproduct"
@@ -156,6 +159,6 @@ class Scorekeeper:
         return self._pool(ids, arrays, version), version
 
     def _pool(self, ids: list[str], weights: dict[str, np.ndarray], version: str) -> Scores:
-        return score_pool(
-            self.scorers, self.threads, weights, version, self.store.locations(ids), side=self.side
-        )
+        scorers, threads = present(self.scorers, self.patience, self._grace)
+        self._grace = GRACE
+        return score_pool(scorers, threads, weights, version, self.store.locations(ids), side=self.side)

@@ -132,20 +132,39 @@ class Scores:
     """Node -> tiles scored there."""
 
 
-def share_threads(scorers: Sequence[ActorHandle], patience: float) -> list[int]:
-    """Wait until the scorers are up; the part of its node's CPUs that each should use as torch threads.
+def present(
+    scorers: Sequence[ActorHandle], patience: float, grace: float
+) -> tuple[list[ActorHandle], list[int]]:
+    """The scorers that are up, and the part of its node's CPUs that each should use as torch threads.
+
+    Args:
+        scorers: all; one whose node is gone may have found no other.
+        patience: seconds to wait for the first.
+        grace: seconds to wait for the others then.
 
     Raises:
-        ResourcesError: not all are up within `patience` seconds.
+        ResourcesError: none is up within `patience` seconds.
     """
-    try:
-        nodes: list[str] = ray.get([s.node.remote() for s in scorers], timeout=patience)
-    except ray.exceptions.GetTimeoutError as error:
-        raise ResourcesError(
-            f"{len(scorers)} scorers did not start within {patience:.0f} s: lower --scorers"
-        ) from error
+    until = time.monotonic() + patience
+    asked: dict[Any, ActorHandle] = {s.node.remote(): s for s in scorers}
+    nodes: dict[ActorHandle, str] = {}
+    while asked:
+        answered, _ = ray.wait(list(asked), num_returns=1, timeout=max(0.0, until - time.monotonic()))
+        if not answered:
+            break
+        scorer = asked.pop(answered[0])
+        try:
+            nodes[scorer] = ray.get(answered[0])
+        except ray.exceptions.RayActorError:
+            continue
+        if len(nodes) == 1:
+            until = time.monotonic() + grace
+    if not nodes:
+        raise ResourcesError(f"none of {len(scorers)} scorers is up within {patience:.0f} s: lower --scorers")
     cpus = {n["NodeID"]: n["Resources"].get("CPU", 1) for n in ray.nodes()}
-    return [max(1, int(cpus[node] // nodes.count(node))) for node in nodes]
+    here = list(nodes.values())
+    up = [s for s in scorers if s in nodes]
+    return up, [max(1, int(cpus.get(nodes[s], 1) // here.count(nodes[s]))) for s in up]
 
 
 def score_pool(

@@ -134,7 +134,7 @@ class Stream:
         rest = range(first, len(self._wanted), chunk)
         self._chunks = [c for c in (self._wanted[:first], *(self._wanted[i : i + chunk] for i in rest)) if c]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="raysed-stream")
-        self._next: Future[list[Row]] | None = None
+        self._next: Future[tuple[list[Row], Counter[str], list[BadTile]]] | None = None
         self._ready: list[Row] = []
         self._advance()
 
@@ -143,12 +143,21 @@ class Stream:
         began = time.perf_counter()
         while len(self._ready) < len(positions):
             assert self._next is not None, "more tiles asked for than were planned"
-            self._ready += self._next.result()
+            rows, nodes, bad = self._next.result()
+            self._ready += rows
+            self.nodes += nodes
+            self.bad += bad
             self._advance()
         self.stall += time.perf_counter() - began
         rows, self._ready = self._ready[: len(positions)], self._ready[len(positions) :]
         assert [r.position for r in rows] == list(positions), "the stream lost the order of the plan"
         return rows
+
+    def told(self) -> tuple[float, Counter[str], list[BadTile]]:
+        """Stall, nodes and bad tiles since the last time they were asked for."""
+        told = self.stall, self.nodes, self.bad
+        self.stall, self.nodes, self.bad = 0.0, Counter(), []
+        return told
 
     def close(self) -> None:
         """End the drain that may still run."""
@@ -157,7 +166,7 @@ class Stream:
     def _advance(self) -> None:
         self._next = self._thread.submit(self._drain, self._chunks.pop(0)) if self._chunks else None
 
-    def _drain(self, wanted: list[tuple[int, str]]) -> list[Row]:
+    def _drain(self, wanted: list[tuple[int, str]]) -> tuple[list[Row], Counter[str], list[BadTile]]:
         locations = self._store.locations([t for _, t in wanted])
         items = [{"position": p, **at} for (p, _), at in zip(wanted, locations, strict=True)]
         tasks = min(len(items), max(TASKS, -(-len(items) // BLOCK)))
@@ -169,16 +178,18 @@ class Stream:
             num_cpus=self._reader_cpus,
         )
         stream.set_name(self._name)
-        rows = []
+        rows: list[Row] = []
+        nodes: Counter[str] = Counter()
+        bad_ones: list[BadTile] = []
         for block in stream.iter_batches(batch_size=None, prefetch_batches=len(items)):
             if block["failed"][0]:
                 raise rebuilt(*str(block["failed"][0]).split(" ", 1))
-            self.nodes.update(block["node"].tolist())
+            nodes.update(block["node"].tolist())
             for i, (position, tile_id, bad) in enumerate(
                 zip(block["position"], block["tile_id"], block["bad"], strict=True)
             ):
                 if bad:
                     found, _, reason = str(bad).partition(" ")
-                    self.bad.append(BadTile(str(tile_id), reason, found))
+                    bad_ones.append(BadTile(str(tile_id), reason, found))
                 rows.append(Row(int(position), str(tile_id), block["image"][i], block["label"][i]))
-        return rows
+        return rows, nodes, bad_ones

@@ -40,11 +40,15 @@ def gauge_values(manifest: Manifest, scorers: int) -> Iterator[tuple[str, str, f
             yield "raysed_tiles_per_second", phase, tiles / seconds[phase]
 
 
+RESTARTS = 3
+"""Times that workers may be started again without any commit between."""
+
+
 class Monitor:
     """An actor where rank 0 posts events and the driver waits for them; and where the driver asks the run to stop.
 
-    An event is a dict with a `kind`: "phase" (cycle, phase), "cycle" (arm, manifest), "say" (text), "failed" (error,
-    text), "done".
+    An event is a dict with a `kind`: "started", "phase" (cycle, phase), "inside" (a commit inside a cycle), "cycle" (arm,
+    manifest), "say" (text), "failed" (error, text), "done".
 
     Args:
         scorers: how many there are, for the gauge.
@@ -59,9 +63,34 @@ class Monitor:
         self.events: list[dict[str, Any]] = []
         self.changed = threading.Condition()
         self.allowed, self.stopping = allowed, False
+        self.fruitless, self.last_error = 0, ""
+        self._beat = time.monotonic()
+
+    def beat(self) -> None:
+        """Rank 0 lives."""
+        self._beat = time.monotonic()
+
+    def silent(self) -> float:
+        """Seconds since rank 0 was last known to live, or since the start."""
+        return time.monotonic() - self._beat
+
+    def begin(self) -> bool:
+        """A group of workers begins; whether it may: not if those before it ended one by one without any commit."""
+        self.fruitless += 1
+        self.post({"kind": "started"})
+        if self.fruitless > RESTARTS + 1:
+            text = f"the training workers have ended {RESTARTS + 1} times since the last commit: {self.last_error or 'they died'}"
+            self.post({"kind": "failed", "error": "RaysedError", "text": text})
+        return not self.has_failed()
+
+    def lost(self, error: str) -> None:
+        """A rank has raised."""
+        self.last_error = error
 
     def post(self, event: dict[str, Any]) -> None:
         """Add an event."""
+        if event["kind"] in ("cycle", "inside"):
+            self.fruitless = 0
         if event["kind"] == "cycle":
             for name, phase, value in gauge_values(event["manifest"], self.scorers):
                 self.gauges[name].set(value, {"arm": event["arm"], "phase": phase})

@@ -4,6 +4,7 @@ config.json                 the experiment and the data set it runs on, and from
 leases/000001.json          who holds the run; the highest number does, and its number is the fencing token
 cycle_0007/                 model.safetensors optimizer.safetensors scores.parquet selected.parquet state.json
 cycle_0007/manifest.json    sizes and hashes of the files, metrics, seconds: written last and only once, the commit
+cycle_0007/step_000120/     a commit inside the cycle, of the same kind; gone when the cycle is committed
 cycles.jsonl summary.json tensorboard/ report.html     derived from the manifests, can be rebuilt
 """
 
@@ -51,6 +52,13 @@ class Manifest:
     """File name -> {bytes, sha256}."""
     record: dict[str, Any]
     """Metrics, seconds, hashes, nodes: see `cluster/cycles.py`."""
+    step: int | None = None
+    """Steps of the cycle that are done, in a commit inside it."""
+
+    @property
+    def folder(self) -> str:
+        """Where its files are."""
+        return folder(self.cycle, self.step)
 
 
 class Ledger:
@@ -136,37 +144,68 @@ class Ledger:
     def beyond_gap(self) -> list[str]:
         """Manifests that do not count, because a cycle before them has none."""
         committed = {f"{folder(m.cycle)}/manifest.json" for m in self.manifests()}
-        return sorted(
-            p
-            for p in self.storage.list()
-            if p.endswith("/manifest.json") and p.startswith("cycle_") and p not in committed
-        )
+        found = (p for p in self.storage.list() if re.fullmatch(r"cycle_\d+/manifest\.json", p))
+        return sorted(p for p in found if p not in committed)
 
-    def commit(self, cycle: int, files: dict[str, bytes], record: Callable[[], dict[str, Any]]) -> Manifest:
-        """Write a cycle: its files, then the manifest that makes them count.
+    def commit(
+        self,
+        cycle: int,
+        files: dict[str, bytes],
+        record: Callable[[], dict[str, Any]],
+        step: int | None = None,
+    ) -> Manifest:
+        """Write a cycle, or the state of a cycle after some of its steps: its files, then the manifest that makes them count.
 
         Args:
             cycle: number.
             files: name -> bytes.
             record: called when the files are written; what it returns goes into the manifest.
+            step: steps of the cycle that are done; None is all.
 
         Raises:
-            RunHeldError: another driver has taken over, or has committed this cycle.
+            RunHeldError: another driver has taken over, or has committed this.
         """
         self._fence()
-        if self.storage.exists(f"{folder(cycle)}/manifest.json"):
-            raise RunHeldError(f"{self.storage.uri}: cycle {cycle} was committed by another driver")
+        where = folder(cycle, step)
+        taken = f"{self.storage.uri}: {where} was committed by another driver"
+        if self.storage.exists(f"{where}/manifest.json"):
+            raise RunHeldError(taken)
         for name, data in files.items():
-            self.storage.write(f"{folder(cycle)}/{name}", data)
+            self.storage.write(f"{where}/{name}", data)
         sizes = {name: {"bytes": len(data), "sha256": digest(data)} for name, data in files.items()}
-        manifest = Manifest(cycle, sizes, record())
+        manifest = Manifest(cycle, sizes, record(), step)
         fields = {"format": FORMAT, "token": uuid.uuid4().hex, **asdict(manifest)}
         self._fence()
-        if not self.storage.create(
-            f"{folder(cycle)}/manifest.json", (json.dumps(fields, indent=1) + "\n").encode()
-        ):
-            raise RunHeldError(f"{self.storage.uri}: cycle {cycle} was committed by another driver")
+        if not self.storage.create(f"{where}/manifest.json", (json.dumps(fields, indent=1) + "\n").encode()):
+            raise RunHeldError(taken)
         return manifest
+
+    def begun(self, cycle: int, config: str, say: Callable[[str], None]) -> Manifest | None:
+        """The newest commit inside a cycle that verifies and was made under this configuration; later ones are discarded.
+
+        Args:
+            cycle: that is not committed.
+            config: its `config_hash`.
+            say: prints a line.
+        """
+        pattern = re.compile(rf"{folder(cycle)}/step_(\d+)/manifest\.json")
+        steps = [int(m[1]) for p in self.storage.list(folder(cycle)) if (m := pattern.fullmatch(p))]
+        for step in sorted(steps, reverse=True):
+            path = f"{folder(cycle, step)}/manifest.json"
+            try:
+                fields = json.loads(self.storage.read(path))
+                manifest = Manifest(cycle, fields["files"], fields["record"], step)
+                if manifest.record["config_hash"] == config:
+                    for name in manifest.files:
+                        self.read(manifest, name)
+                    return manifest
+                reason = "another configuration"
+            except (DataError, ValueError, KeyError, TypeError) as error:
+                reason = f"{error!r}"
+            say(f"step {step} of cycle {cycle} is not used: {reason}")
+            self._fence()
+            self.storage.remove(path)
+        return None
 
     def read(self, manifest: Manifest, name: str) -> bytes:
         """A committed file, verified.
@@ -174,7 +213,7 @@ class Ledger:
         Raises:
             DataError: missing, or its bytes are not those committed.
         """
-        where = f"{folder(manifest.cycle)}/{name}"
+        where = f"{manifest.folder}/{name}"
         for _ in range(2):  # bytes that changed on the way are right the second time
             try:
                 data = self.storage.read(where)
@@ -217,6 +256,17 @@ class Ledger:
             self.storage.remove(f"{folder(manifest.cycle)}/manifest.json")
         return committed[-1 - len(bad)] if committed else None
 
+    def prune_steps(self, cycle: int, before: int | None = None) -> None:
+        """Remove the commits inside a cycle: all, or those before a step; manifests first."""
+        at = re.compile(rf"{folder(cycle)}/step_(\d+)/.*")
+        paths = [
+            p
+            for p in self.storage.list(folder(cycle))
+            if (m := at.fullmatch(p)) and (before is None or int(m[1]) < before)
+        ]
+        for path in sorted(paths, key=lambda p: (not p.endswith("/manifest.json"), p)):
+            self.storage.remove(path)
+
     def prune(self, last: int) -> None:
         """Remove what retention no longer keeps after cycle `last` was committed."""
         old = last - 2
@@ -240,9 +290,9 @@ def _config_bytes(configs: list[dict[str, Any]]) -> bytes:
     return (json.dumps({"format": FORMAT, "configs": configs}, indent=1) + "\n").encode()
 
 
-def folder(cycle: int) -> str:
-    """Folder of a cycle."""
-    return f"cycle_{cycle:04d}"
+def folder(cycle: int, step: int | None = None) -> str:
+    """Folder of a cycle, or of a commit after so many of its steps."""
+    return f"cycle_{cycle:04d}" + ("" if step is None else f"/step_{step:06d}")
 
 
 def kept(name: str, cycle: int, last: int) -> bool:
@@ -361,6 +411,9 @@ def _contradictions(manifest: Manifest, experiment: Experiment, models: list[str
     back = 2 if experiment.select.scores == "overlapped" else 1
     if len(models) >= back and record["scoring_weights"] not in (None, models[-back]):
         lines.append(f"it was scored with weights that are not those of the cycle {back} before")
+    visits = sum(record.get("nodes", {}).get("visit", {}).values())
+    if visits != record.get("tiles", 0):
+        lines.append(f"{visits} visits of {record['tiles']} selected tiles")
     if "counts" in val:
         again = metrics.scores(np.array(val["counts"]), list(val["iou"]))
         lines += [

@@ -36,15 +36,23 @@ def test_a_run_killed_at_five_points_ends_equal_to_an_undisturbed_one(small_stor
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("mode", "point", "workers"),
-    [("byproduct", "evaluate@2", "1"), ("overlapped", "train@2", "1"), ("overlapped", "score@1", "2")],
+    [("byproduct", "train@2", "1"), ("overlapped", "evaluate@2", "1"), ("overlapped", "train@1", "2")],
 )
-def test_scores_of_every_source_survive_a_kill(small_store, tmp_path, mode, point, workers):
-    """What the next selection needs is in the ledger: by-product visits, and the weights of two cycles ago."""
+def test_a_run_killed_inside_a_cycle_continues_after_its_last_step(
+    small_store, tmp_path, mode, point, workers
+):
+    """With scores of every source: what the next selection needs is in the ledger, visits and weights of two cycles ago."""
     flags = ["--data", small_store, "--cycles", "4", "--select.scores", mode, "--workers", workers, *FAST]
+    flags += ["--cluster.commit-every-steps", "1"]
     calm, torn = str(tmp_path / "calm"), str(tmp_path / "torn")
     run("active", *flags, "--run", calm)
     kill_at(point, "active", *flags, "--run", torn)
-    run("active", *flags, "--run", torn)
+    cycle = int(point[-1])
+    steps = [p for p in Storage(torn).list(f"cycle_{cycle:04d}") if p.endswith("manifest.json")]
+    assert steps == [f"cycle_{cycle:04d}/step_000001/manifest.json"]
+    done = run("active", *flags, "--run", torn)
+    assert f"continues after cycle {cycle} of 4 and step 1 of cycle {cycle + 1}" in done.stdout
+    assert not [p for p in Storage(torn).list() if "step_" in p]
     assert difference(Ledger(Storage(calm)), Ledger(Storage(torn))) == []
     assert verify(Ledger(Storage(torn)), Store.open(small_store).split("train")) == []
     scored = [m.record["scores"]["tiles"] for m in Ledger(Storage(torn)).manifests()]
@@ -173,7 +181,11 @@ def test_divergence_ends_with_code_5(small_store, tmp_path):
         (["--data", "/nowhere"], 2, "no finished tile store at /nowhere"),
         (["--data", "STORE", "--select.tiles", "1000"], 2, "asks for 1000 tiles a cycle, the pool has 128"),
         (["--data", "STORE", "--arch", "unett"], 2, "did you mean 'unet'?"),
-        (["--data", "STORE", "--select", "entropi"], 2, "select.strategy must be one of uniform, epoch-queue"),
+        (
+            ["--data", "STORE", "--select", "entropi"],
+            2,
+            "select.strategy must be one of uniform, epoch-queue",
+        ),
         (
             ["--data", "STORE", "--workers", "4096", "--optim.batch", "4096", "--optim.micro-batch", "1"],
             7,

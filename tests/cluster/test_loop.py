@@ -18,7 +18,7 @@ import raysed
 from raysed.cluster import scoring
 from raysed.cluster.estimate import dry_run
 from raysed.cluster.launch import check_data
-from raysed.cluster.scoring import BATCH, Network, Scorer, score_pool, share_threads
+from raysed.cluster.scoring import BATCH, Network, Scorer, present, score_pool
 from raysed.cluster.stream import Stream
 from raysed.cluster.telemetry import GAUGES, Monitor
 from raysed.config import AugmentConfig, Experiment, ModelConfig, SelectConfig
@@ -122,7 +122,7 @@ def test_scorers_that_die_again_and_again_end_the_scoring(ray_session, small_sto
     network = Network("unet:resnet18", 8, "fp32", "cpu")
     actor = ray.remote(Doomed).options(num_cpus=0.1, max_restarts=-1)
     doomed = [actor.remote(network, small_store, store.dataset.tile_size, 1 << 30) for _ in range(2)]
-    share_threads(doomed, 60)  # they are up
+    present(doomed, 60, 60)
     with pytest.raises(ResourcesError, match=r"no scorer has given a score for 8 s, 0 of 2 chunks .*memory"):
         score_pool(
             doomed, [1, 1], weights, "v1", store.locations(store.index["tile_id"].to_pylist()[:40]), side=SIDE

@@ -285,3 +285,42 @@ def test_a_strategy_whose_scores_are_not_there_is_refused():
         choose(exp, 0, scores=scores, index=INDEX, state={}, excluded=set())
     with pytest.raises(UsageError, match="irreducible, loss"):
         choose(exp, 0, scores=None, index=INDEX, state={}, excluded=set())
+
+
+def test_a_commit_inside_a_cycle_is_found_again_until_the_cycle_is_committed(run):
+    files = {"model.safetensors": b"half", "state.json": b"{}"}
+    record = {"config_hash": config_hash(EXP)}
+    for step in (2, 4, 6):
+        run.commit(4, files, lambda: record, step)
+    with pytest.raises(RunHeldError, match="step_000006 was committed by another driver"):
+        run.commit(4, files, lambda: record, 6)
+    assert len(run.manifests()) == 4
+    assert run.beyond_gap() == []
+    found = run.begun(4, config_hash(EXP), pytest.fail)
+    assert (found.cycle, found.step, run.read(found, "model.safetensors")) == (4, 6, b"half")
+    run.prune_steps(4, before=4)
+    assert sorted(run.storage.list(folder(4))) == [
+        f"{folder(4, s)}/{n}" for s in (4, 6) for n in ("manifest.json", *files)
+    ]
+    run.prune_steps(4)
+    assert not run.storage.list(folder(4))
+
+
+def test_a_damaged_or_foreign_commit_inside_a_cycle_is_not_used(run):
+    for step, config in ((2, config_hash(EXP)), (4, "of another"), (6, config_hash(EXP))):
+        record = {"config_hash": config}
+        run.commit(4, {"model.safetensors": b"half"}, lambda r=record: r, step)
+    run.storage.write(f"{folder(4, 6)}/model.safetensors", b"rotten")
+    said = []
+    assert run.begun(4, config_hash(EXP), said.append).step == 2
+    assert "step 6 of cycle 4 is not used" in said[0]
+    assert "another configuration" in said[1]
+    assert run.begun(4, config_hash(EXP), pytest.fail).step == 2
+
+
+def test_a_cycle_with_a_tile_too_few_or_too_many_does_not_verify(run):
+    path = f"{folder(2)}/manifest.json"
+    manifest = json.loads(run.storage.read(path))
+    manifest["record"] |= {"tiles": 4, "nodes": {"visit": {"one": 2, "two": 3}}}
+    run.storage.write(path, json.dumps(manifest).encode())
+    assert verify(run, INDEX) == ["cycle 2: 5 visits of 4 selected tiles"]

@@ -69,6 +69,7 @@ def record(strategy: str, cycle: int, tiles: int) -> dict:
             "counts": counts.tolist(),
         },
         "scores": {"tiles": 20, "entropy_mean": 1.0} if active else None,
+        "nodes": {"read": {"n": tiles + 10}, "train": {"n": 1}, "visit": {"n": tiles}, "score": {}},
         "seconds": {"score": 3.0 * active, "train": 2.0, "total": 2.5 + 3 * active},
         "workers": 1,
         "threads": 1,
