@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from raysed.core.counts import confusion, soft_iou
 from raysed.core.losses import focal_loss_sum
-from raysed.core.metrics import confusion, soft_iou
 from raysed.core.randomness import keyed_seed
 from raysed.core.tiles import target_of
 from raysed.core.uncertainty import log_probabilities, visit_scores

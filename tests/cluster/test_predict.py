@@ -26,7 +26,8 @@ from raysed.cluster.mapper import (
     plan_image,
 )
 from raysed.cluster.predict import predict
-from raysed.core.metrics import confusion, scores
+from raysed.core.counts import confusion
+from raysed.core.metrics import scores
 from raysed.core.networks import build
 from raysed.core.tiles import LandClass, target_of
 from raysed.core.windows import Axis, Block, seam_score

@@ -3,7 +3,8 @@ import pytest
 import torch
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from raysed.core.metrics import class_iou, confusion, scores, soft_iou
+from raysed.core.counts import confusion, soft_iou
+from raysed.core.metrics import class_iou, scores
 from raysed.core.tiles import VOID
 
 
