@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raysed.core import metrics, tiles, windows
+from raysed.core import tiles, windows
+from raysed.core.counts import confusion
 from raysed.core.step import DTYPES, resolve_precision
 from raysed.core.uncertainty import map_layers
 from raysed.core.windows import Axis, Block
@@ -418,5 +419,5 @@ def count(task: Task, image: Image, label: Image) -> np.ndarray:
             wanted = tiles.target_of(known.astype(np.uint8))
             said = tiles.target_of(of_map[made.read(*window)].astype(np.uint8))
             wanted[said == tiles.VOID] = tiles.VOID
-            counts += metrics.confusion(torch.from_numpy(said), torch.from_numpy(wanted), classes)
+            counts += confusion(torch.from_numpy(said), torch.from_numpy(wanted), classes)
     return counts.numpy()

@@ -9,6 +9,7 @@ import torch
 from raysed.config import Experiment
 from raysed.core import metrics, networks
 from raysed.core.augment import disturb, to_uint8
+from raysed.core.counts import confusion
 from raysed.core.randomness import keyed_rng
 from raysed.core.step import to_device
 from raysed.io.checkpoint import unpack
@@ -57,7 +58,7 @@ def robustness(ledger: Ledger, last: Manifest, store: Store) -> dict[str, Any]:
             x, target = to_device(images, labels, torch.device("cpu"))
             with torch.inference_mode():
                 guess = net(x).argmax(1)
-            counts[name] += metrics.confusion(guess, target, len(names)).numpy()
+            counts[name] += confusion(guess, target, len(names)).numpy()
     return {n: {"tiles": len(shown), **metrics.scores(c, names)} for n, c in counts.items()}
 
 

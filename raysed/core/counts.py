@@ -1,0 +1,36 @@
+"""Counts of one batch, on its device; `metrics` makes scores of them and needs no torch.  Letters: B batch, C classes, H W pixels."""
+
+import torch
+from torch import Tensor
+
+from raysed.core.tiles import VOID
+
+
+def confusion(prediction: Tensor, target: Tensor, classes: int) -> Tensor:
+    """(C, C) int64 pixel counts, row = truth, column = prediction; void pixels are left out.
+
+    Args:
+        prediction: (B, H, W) class indices.
+        target: (B, H, W) class indices, `VOID` where unknown.
+        classes: C.
+    """
+    known = target != VOID
+    pairs = target[known].long() * classes + prediction[known].long()
+    return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+
+def soft_iou(probabilities: Tensor, target: Tensor) -> Tensor:
+    """Legacy soft IoU of one batch, as OpenEarthMap's own code computes it: no argmax, mean over all C classes, an absent
+    class scores about 0.  Logged beside the true IoU so that published numbers of that kind can be compared.
+
+    Args:
+        probabilities: (B, C, H, W) float, after softmax.
+        target: (B, H, W) class indices, `VOID` where unknown (left out).
+    """
+    known = (target != VOID)[:, None]
+    truth = torch.zeros_like(probabilities).scatter_(
+        1, torch.where(known[:, 0], target, 0).long()[:, None], 1.0
+    )
+    p, t = probabilities * known, truth * known
+    both = (p * t).sum((0, 2, 3))
+    return (both / (p.sum((0, 2, 3)) + t.sum((0, 2, 3)) - both + 1e-7)).mean()
