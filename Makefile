@@ -15,7 +15,7 @@ active: $(READY)
 
 twin: $(READY)
 	$(PYTHON) -m pip install --quiet -c constraints.txt -e ".[local]"
-	$(PYTHON) jobs/twin.py $(if $(KEEP),--keep)
+	$(PYTHON) jobs/twin.py $(if $(ELASTIC),elastic) $(if $(AUTOSCALE),autoscaled) $(if $(KEEP),--keep)
 
 bench: $(READY)
 	$(PYTHON) jobs/bench.py $(if $(ROWS),--rows $(ROWS))

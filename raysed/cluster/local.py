@@ -18,10 +18,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
+import psutil
+
 from raysed.errors import ResourcesError, UsageError
 
 START_SECONDS = 90.0
 """Patience with a process that starts."""
+
+FAKE_HEAD = 51 * "f" + "00000"
+"""Node id that Ray's provider of local nodes expects of the head."""
 
 
 class Process:
@@ -49,8 +54,6 @@ class Process:
 
     def kill(self) -> None:
         """SIGKILL the process and all its descendants."""
-        import psutil
-
         with contextlib.suppress(psutil.NoSuchProcess):
             family = psutil.Process(self.popen.pid).children(recursive=True)
             self.popen.kill()
@@ -184,9 +187,17 @@ class LocalCluster:
     Args:
         folder: for the token and logs; Ray's own session goes to a short path below /tmp.
         environment: variables that every node has, and so the jobs too.
+        types: node types, as in a cluster file, that Ray's autoscaler may start as further raylets; none starts none.
+        idle_minutes: after which it ends one.
     """
 
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        environment: dict[str, str],
+        types: dict[str, Any] | None = None,
+        idle_minutes: float = 5.0,
+    ) -> None:
         self.folder = folder.absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.session = Path(f"/tmp/raysed-{secrets.token_hex(4)}")  # unix sockets have short names
@@ -205,18 +216,25 @@ class LocalCluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_JOB_STOP_WAIT_TIME_S": "120",  # `ray job stop` kills after 3 s otherwise, before a cycle can be committed
         }
+        self._types, self._idle_minutes = types, idle_minutes
         self.nodes: list[Process] = []
         self.metrics_ports: list[int] = []
 
     def __enter__(self) -> Self:
         host, _, port = self.address.rpartition(":")
         self._start("--head", f"--node-ip-address={host}", f"--port={port}", "--num-cpus=0", "--num-gpus=0", "--dashboard-host=127.0.0.1",
-                    f"--dashboard-port={self.dashboard.rpartition(':')[2]}", f"--ray-client-server-port={free_ports(1)[0]}", f"--temp-dir={self.session}")  # fmt: skip
+                    f"--dashboard-port={self.dashboard.rpartition(':')[2]}", f"--ray-client-server-port={free_ports(1)[0]}", f"--temp-dir={self.session}", *self._autoscaling())  # fmt: skip
         return self
 
     def __exit__(self, *_: object) -> None:
         for node in reversed(self.nodes):
             node.kill()
+        for process in psutil.process_iter(
+            ["cmdline"]
+        ):  # nodes of the autoscaler, which are nobody's children
+            if any(str(self.session) in part for part in process.info["cmdline"] or ()):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
         shutil.rmtree(self.session, ignore_errors=True)
 
     def add_node(self, cpus: int = 1) -> int:
@@ -250,12 +268,62 @@ class LocalCluster:
         nodes = self.state("/api/v0/nodes")["data"]["result"]["result"]
         return sum(n["state"] == "ALIVE" for n in nodes)
 
+    def _autoscaling(self) -> list[str]:
+        """Ray's autoscaler over processes of this machine: its own provider for tests, the node types of the user."""
+        if self._types is None:
+            return []
+        room = {"object_store_memory": 200_000_000}
+        types = {
+            name: {**kind, "node_config": {}, "resources": {**kind["resources"], **room}}
+            for name, kind in self._types.items()
+        }
+        head = next(n for n, kind in types.items() if not kind["resources"]["CPU"])
+        empty: dict[str, Any] = {k: {} for k in ("auth", "docker", "file_mounts")}
+        commands = (
+            "initialization",
+            "setup",
+            "head_setup",
+            "worker_setup",
+            "head_start_ray",
+            "worker_start_ray",
+        )
+        config = {
+            **empty,
+            **{f"{name}_commands": [] for name in commands},
+            "cluster_synced_files": [],
+            "cluster_name": "raysed-local",
+            "max_workers": 4,
+            "idle_timeout_minutes": self._idle_minutes,
+            "upscaling_speed": 1.0,
+            "provider": {
+                "type": "external",
+                "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+                "head_node_id": FAKE_HEAD,
+                "gcs_address": self.address,
+                "launch_multiple": True,
+            },
+            "head_node_type": head,
+            "available_node_types": types,
+        }
+        file = self.folder / "autoscaling.json"
+        file.write_text(json.dumps(config))
+        return [f"--autoscaling-config={file}"]
+
     def _start(self, *flags: str) -> None:
         agent, metrics = free_ports(2)
         own = (f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}", "--object-store-memory=400000000", "--block")  # fmt: skip
         environment = dict(self.environment)
         if "--head" in flags:
             environment.pop("RAY_ADDRESS")
+            if self._types is not None:
+                environment |= {
+                    "RAY_FAKE_CLUSTER": "1",
+                    "RAY_enable_autoscaler_v2": "1",
+                    "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+                    "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD,
+                    "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD,
+                    "RAY_prestart_worker_first_driver": "0",  # a node that says 16 CPUs would start 16 processes
+                }
         log = self.folder / f"node-{len(self.nodes)}.log"
         node = Process([_ray(), "start", *flags, *own], log, environment)
         self.nodes.append(node)

@@ -220,6 +220,34 @@ def parallel_coordinates(
     return _svg(figure)
 
 
+@_STYLE
+def timeline(seen: Sequence[dict[str, Any]], cycles: Sequence[tuple[float, float, int]]) -> str:
+    """Nodes, actors by class, and tiles a second of every cycle over the seconds of a cluster's life, one below the other.
+
+    Args:
+        seen: second, nodes, actors {"<node> <class>": count}.
+        cycles: (second it began, seconds it took, tiles it trained on).
+    """
+    figure = _figure(2 * WIDE, 3 * 1.4, fixed_margins=False)
+    nodes, actors, speed = _axes(figure, 3, 1)
+    seconds = [s["second"] for s in seen]
+    nodes.step(seconds, [s["nodes"] for s in seen], where="post", color=ARM_COLORS[0])
+    nodes.set_title("nodes, the head among them")
+    for color, name in zip(ARM_COLORS, ("RayTrainWorker", "Scorer"), strict=False):
+        counts = [sum(n for k, n in s["actors"].items() if k.endswith(f" {name}")) for s in seen]
+        actors.step(seconds, counts, where="post", color=color, label=name)
+    actors.set_title("training workers and scorers")
+    actors.legend(loc="upper left")
+    for began, took, tiles in cycles:
+        speed.bar(began, tiles / took, took, align="edge", color=ARM_COLORS[2], edgecolor="white")
+    speed.set_title("tiles trained a second, by cycle")
+    speed.set_xlabel("seconds")
+    for axes in (nodes, actors, speed):
+        axes.set_xlim(0, max([*seconds, *(b + t for b, t, _ in cycles)], default=1.0))
+        axes.set_ylim(bottom=0)
+    return _svg(figure)
+
+
 def _curves(
     arms: Arms,
     panels: Sequence[tuple[str, tuple[str, ...]]],

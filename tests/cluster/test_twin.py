@@ -48,7 +48,12 @@ def test_stopped_resubmitted_and_submitted_twice(cluster, bucket):
         "--cycles",
         "12",
         *FAST,
-        *("--scorers", "2", "--cluster.reader-cpus", "0.25"),  # one scorer a node, and room for reading beside a worker
+        *(
+            "--scorers",
+            "2",
+            "--cluster.reader-cpus",
+            "0.25",
+        ),  # one scorer a node, and room for reading beside a worker
     ]
     ledger = Ledger(Storage(f"{bucket}/run"))
     first = job(cluster, *flags, name="first")
