@@ -1,14 +1,14 @@
 # make active   the main job on the embedded demo
-# make twin     the whole cluster path on this machine: bucket, nodes, job submit (KEEP=1 leaves it up)
+# make twin     the whole cluster path on this machine: bucket, nodes, job submit (KEEP=1, ELASTIC=1, AUTOSCALE=1)
 # make bench    ratios to the hardware and to plain PyTorch (ROWS="'stall' 'commit'" for some)
 # make chaos    faults injected into small runs here (FAULTS="F1 F21" for some of them)
-# make test     all tests (make check: the ones without Ray)
+# make test     the tests (make check: the ones without Ray; make test-all: the slow ones as well)
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.raysed-ready
 
-.PHONY: active twin bench chaos test check lint clean
+.PHONY: active twin bench chaos test test-all check lint clean
 
 active: $(READY)
 	$(PYTHON) jobs/active.py
@@ -25,6 +25,9 @@ chaos: $(READY)
 	$(PYTHON) jobs/chaos.py $(FAULTS)
 
 test: $(READY) lint
+	$(PYTHON) -m pytest -m "not slow"
+
+test-all: $(READY) lint
 	$(PYTHON) -m pytest
 
 check: $(READY) lint

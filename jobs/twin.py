@@ -10,6 +10,8 @@ Needs the extra `local`. What it starts it stops, by process id; what the run le
 """
 
 import json
+import signal
+import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -38,6 +40,7 @@ def job(argv: Sequence[str]) -> None:
     args = parser.parse(argv)
     play, setting = PLAYS[args.play]
     out = twin.ROOT / "runs" / ("twin" if args.play == "two-nodes" else f"twin-{args.play}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     say("starting SeaweedFS and Ray")
     with twin.Twin(say, **setting) as up:  # type: ignore[arg-type]
         facts = play(up)

@@ -1,11 +1,9 @@
 """Reaching a Ray cluster, or starting a local one."""
 
 import logging
-import math
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -78,28 +76,18 @@ def _local() -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class NodeType:
-    """A kind of node that an autoscaler may start."""
+def autoscaler() -> Any:
+    """What the cluster's autoscaler (Ray's v2) has last reported, as Ray's own message; empty if there is none."""
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
 
-    name: str
-    resources: dict[str, float]
-    most: float
-    """Nodes of it at once."""
-
-    def holds(self, bundle: Mapping[str, float]) -> bool:
-        """Whether one node has room for a bundle."""
-        return all(self.resources.get(k, 0) >= v for k, v in bundle.items())
+    reply = GetClusterStatusReply()
+    reply.ParseFromString(ray._private.worker.global_worker.gcs_client.get_cluster_status())  # type: ignore[attr-defined]
+    return reply.autoscaling_state
 
 
-def node_types() -> list[NodeType]:
-    """Kinds of nodes that the cluster's autoscaler may start; none if it has no autoscaler (or one older than Ray's v2)."""
-    config: Any = ray._private.state.state.get_cluster_config()
-    groups = config.node_group_configs if config else []
-    found = [
-        NodeType(g.name, dict(g.resources), math.inf if g.max_count < 0 else g.max_count) for g in groups
-    ]
-    return [t for t in found if t.most]
+def autoscaling() -> bool:
+    """Whether an autoscaler can start nodes."""
+    return autoscaler().autoscaler_state_version > 0
 
 
 SHARED = "give an s3:// URI, or --shared-filesystem if all nodes see the same files"
@@ -118,7 +106,7 @@ def check_paths(places: Mapping[str, str], *, shared: bool, remedy: str = SHARED
         UsageError: a local path, and several nodes.
     """
     nodes = sum(n["Alive"] for n in ray.nodes())
-    several = f"has {nodes} nodes" if nodes > 1 else "may start more nodes" if node_types() else ""
+    several = f"has {nodes} nodes" if nodes > 1 else "may start more nodes" if autoscaling() else ""
     for shown, uri in places.items():
         if several and not shared and Storage(uri).is_local:
             raise UsageError(f"{shown} is a local path, but the cluster {several}: {remedy}")

@@ -10,17 +10,10 @@ import pyarrow.compute as pc
 import ray
 import torch
 
-from raysed.cluster.connect import connect
+from raysed.cluster.connect import autoscaling, connect
 from raysed.cluster.cycles import labelled
-from raysed.cluster.launch import (
-    arms_of,
-    check_data,
-    check_resources,
-    check_run_paths,
-    device_of,
-    patience,
-    scorer_count,
-)
+from raysed.cluster.launch import arms_of, check_data, check_run_paths
+from raysed.cluster.room import candidates, check_sum, scorer_count
 from raysed.config import Experiment
 from raysed.core import memory, networks
 from raysed.core.acquisition import STRATEGIES
@@ -52,11 +45,12 @@ def dry_run(
     check_data(experiment, store, say)
     connect()
     check_run_paths(experiment)
-    device = device_of(experiment)
+    device = candidates(experiment.cluster)[0]
     arms = arms_of(experiment)
     scoring = any(STRATEGIES[e.select.strategy].needs_scores for _, e in arms)
-    scorers = scorer_count(experiment, device) if scoring else 0
-    check_resources(experiment, device, scorers)
+    scorers = scorer_count(experiment.cluster, device) if scoring else 0
+    if not autoscaling():
+        check_sum(experiment.cluster, device, scorers)
     _say_where(experiment, store, device, scorers, say)
     work, past = [], []
     for name, arm in arms:
@@ -130,11 +124,12 @@ def _speed(
         num_cpus=cluster.worker_cpus, num_gpus=cluster.worker(device).get("GPU", 0)
     )
     small = replace(experiment, cluster=replace(cluster, workers=1))
+    patience = cluster.patience(autoscaling=autoscaling())
     try:
-        train, forward = ray.get(task.remote(small, len(store.dataset.classes), store.dataset.tile_size, device), timeout=patience(experiment))  # fmt: skip
+        train, forward = ray.get(task.remote(small, len(store.dataset.classes), store.dataset.tile_size, device), timeout=patience)  # fmt: skip
     except ray.exceptions.GetTimeoutError as error:
         raise ResourcesError(
-            f"no worker measured its speed within {patience(experiment):.0f} s: give --tiles-per-second"
+            f"no worker measured its speed within {patience:.0f} s: give --tiles-per-second"
         ) from error
     text = f"{MEASURED} steps measured on one {device} worker"
     return Speed(train * cluster.workers, forward * cluster.workers, f"{text}, times {cluster.workers}")

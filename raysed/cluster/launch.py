@@ -19,12 +19,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysed import errors
 from raysed.cluster import cycles
-from raysed.cluster.connect import NodeType, check_paths, connect, node_types
+from raysed.cluster.connect import autoscaling, check_paths, connect
 from raysed.cluster.cycles import Arm, Setup
+from raysed.cluster.room import secure
 from raysed.cluster.scorekeeping import RECORDED
 from raysed.cluster.scoring import Network, Scorer
 from raysed.cluster.telemetry import Monitor, Progress, TensorBoard
-from raysed.config import ClusterConfig, Experiment
+from raysed.config import Experiment
 from raysed.core import networks
 from raysed.core.acquisition import STRATEGIES
 from raysed.errors import RaysedError, ResourcesError, UsageError, rebuilt
@@ -119,13 +120,13 @@ def _run(
     connect()
     stopper.arm()
     check_run_paths(experiment)
-    device = device_of(experiment)
-    scorers = scorer_count(experiment, device) if any(_scores(a.experiment) for a in held) else 0
-    check_resources(experiment, device, scorers)
+    scoring = any(_scores(a.experiment) for a in held)
+    device, scorers = secure(experiment.cluster, scoring=scoring, say=say)
+    patience = experiment.cluster.patience(autoscaling=autoscaling())
     watcher: Any = ray.remote(Monitor).options(num_cpus=0, max_concurrency=8, scheduling_strategy=_here())
     monitor = watcher.remote(scorers, stopper.allowed)
     pool = _start_scorers(experiment, store, device, scorers)
-    setup = Setup(held, pool, monitor, device, environment(), patience(experiment), hold)
+    setup = Setup(held, pool, monitor, device, environment(), patience, hold)
     boards, committed = {}, {}
     for arm in held:
         run = Storage(str(arm.experiment.run))
@@ -134,9 +135,7 @@ def _run(
     progress = Progress([(a.name, a.experiment) for a in held], committed, say)
     stopper.take(monitor)
     try:
-        Watch(monitor, progress, boards, say, stopper.cycle).over(
-            _trainer(experiment, setup), patience(experiment)
-        )
+        Watch(monitor, progress, boards, say, stopper.cycle).over(_trainer(experiment, setup), patience)
     finally:
         for board in boards.values():
             board.close()
@@ -187,79 +186,6 @@ def check_run_paths(experiment: Experiment) -> None:
         shared=experiment.cluster.shared_filesystem,
         remedy="give an s3:// URI (or set RAYSED_DATA and RAYSED_RUN), or --cluster.shared-filesystem if all nodes see the same files",
     )
-
-
-def device_of(experiment: Experiment) -> str:
-    """cpu or cuda; GPUs that an autoscaler may still start count."""
-    to_come = sum(t.most * t.resources.get("GPU", 0) for t in node_types() if t.resources.get("GPU"))
-    return experiment.cluster.device_with(max(ray.cluster_resources().get("GPU", 0), to_come))
-
-
-def patience(experiment: Experiment) -> float:
-    """Seconds to wait for nodes of this cluster."""
-    return experiment.cluster.patience(autoscaling=bool(node_types()))
-
-
-def scorer_count(experiment: Experiment, device: str) -> int:
-    """Scoring actors, if there is anything to score."""
-    resources, workers = ray.cluster_resources(), experiment.cluster.workers
-    units = (
-        max(resources.get("GPU", 0), workers)
-        if device == "cuda"
-        else min(resources.get("CPU", 1), 2 * workers)
-    )
-    return experiment.cluster.scorers or max(1, int(units))
-
-
-def check_resources(experiment: Experiment, device: str, scorers: int) -> None:
-    """Prove that workers, scorers and at least one read task fit at once: Ray would wait for ever without an error.
-
-    Where an autoscaler can start nodes for them it is enough that it may; their demand starts them.
-    """
-    cluster = experiment.cluster
-    wanted = cluster.demand(device, scorers)
-    if types := node_types():
-        _check_types(cluster, device, scorers, types)
-        return
-    until = time.monotonic() + (cluster.patience(autoscaling=False) if len(ray.nodes()) > 1 else 0)
-    while True:
-        have = ray.cluster_resources()
-        short = {k: v for k, v in wanted.items() if v > have.get(k, 0)}
-        crowded = device == "cpu" and cluster.fewest > have.get("CPU", 0)
-        if not short and not crowded:
-            return
-        if time.monotonic() >= until:
-            break
-        time.sleep(1)
-    offered = ", ".join(f"{have.get(k, 0):g} {k}" for k in wanted)
-    asked = ", ".join(f"{v:g} {k}" for k, v in wanted.items())
-    raise ResourcesError(
-        f"{cluster.fewest} workers, {scorers} scorers and a read task ask for {asked}"
-        + (" and a CPU for each worker" if crowded else "")
-        + f", the cluster has {offered}: lower --workers or --scorers, or add nodes"
-    )
-
-
-def _check_types(cluster: ClusterConfig, device: str, scorers: int, types: list[NodeType]) -> None:
-    """Prove that the nodes there are and those that may be started can hold what is asked for."""
-    there = [NodeType("now", n["Resources"], 1) for n in ray.nodes() if n["Alive"]]
-    offered = "; ".join(f"{t.most:g} x {t.name} ({', '.join(f'{v:g} {k}' for k, v in t.resources.items() if k in ('CPU', 'GPU'))})" for t in types)  # fmt: skip
-    for what, count, bundle in (
-        ("worker", cluster.fewest, cluster.worker(device)),
-        ("scorer", scorers, cluster.scorer(device)),
-        ("read task", 1, {"CPU": cluster.reader_cpus}),
-    ):
-        room = sum(
-            t.most * min(t.resources[k] // v for k, v in bundle.items())
-            for t in (*there, *types)
-            if t.holds(bundle)
-        )
-        if room < count:
-            asked = ", ".join(f"{v:g} {k}" for k, v in bundle.items())
-            raise ResourcesError(
-                f"{count} x {what} of {asked} will never find room: the autoscaler may start {offered}; lower --workers or "
-                "--scorers, ask for less a piece (--cluster.*), or allow more or larger nodes in the cluster's configuration"
-            )
 
 
 def _here() -> NodeAffinitySchedulingStrategy:

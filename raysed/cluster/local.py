@@ -273,11 +273,15 @@ class LocalCluster:
         if self._types is None:
             return []
         room = {"object_store_memory": 200_000_000}
+        head = "ray.head.default"  # the name that the provider expects
         types = {
-            name: {**kind, "node_config": {}, "resources": {**kind["resources"], **room}}
+            name if kind["resources"]["CPU"] else head: {
+                **kind,
+                "node_config": {},
+                "resources": {**kind["resources"], **room},
+            }
             for name, kind in self._types.items()
         }
-        head = next(n for n, kind in types.items() if not kind["resources"]["CPU"])
         empty: dict[str, Any] = {k: {} for k in ("auth", "docker", "file_mounts")}
         commands = (
             "initialization",

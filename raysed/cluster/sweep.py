@@ -30,11 +30,9 @@ from raysed.cluster.connect import connect
 from raysed.cluster.launch import (
     Stepper,
     check_data,
-    check_resources,
     check_run_paths,
-    device_of,
-    scorer_count,
 )
+from raysed.cluster.room import secure
 from raysed.config import Experiment, with_overrides
 from raysed.core.acquisition import STRATEGIES
 from raysed.core.sweep import HIGHEST_GAMMA, HIGHEST_LR, LOWEST_LR, SWEPT, Demand, at_once, point
@@ -268,7 +266,7 @@ def sweep(base: Experiment, trials: int, *, say: Callable[[str], None]) -> int:
         os.environ.setdefault(name, value)
     connect()
     check_run_paths(base)
-    base, together = _shared(base, trials)
+    base, together = _shared(base, trials, say)
     say(f"{len(left)} of {trials} trials are left, {together} at once, of at most {base.cycles} cycles each")
     with Signals.watched(), tempfile.TemporaryDirectory(prefix="raysed-tune-") as folder:
         _tuner(base, [s for s in states if s.outcome != "failed"], together, folder, say).fit()
@@ -276,14 +274,11 @@ def sweep(base: Experiment, trials: int, *, say: Callable[[str], None]) -> int:
     return errors.EXIT_INTERRUPTED[Signals.caught] if Signals.caught else 0
 
 
-def _shared(base: Experiment, trials: int) -> tuple[Experiment, int]:
+def _shared(base: Experiment, trials: int, say: Callable[[str], None]) -> tuple[Experiment, int]:
     """The experiment with the scorers and threads that leave room for the other trials, and the trials at once."""
-    cluster, device = base.cluster, device_of(base)
-    scorers = 0
-    if STRATEGIES[base.select.strategy].needs_scores:
-        scorers = cluster.scorers or min(cluster.workers, scorer_count(base, device))
-        cluster = replace(cluster, scorers=scorers)
-    check_resources(replace(base, cluster=cluster), device, scorers)
+    scoring = STRATEGIES[base.select.strategy].needs_scores
+    cluster = replace(base.cluster, scorers=base.cluster.scorers or base.cluster.workers)
+    device, scorers = secure(cluster, scoring=scoring, say=say)
     have = ray.cluster_resources()
     demand = cluster.demand(device, scorers)
     together = at_once(

@@ -14,6 +14,7 @@ from raysed.io.storage import Storage
 pytestmark = pytest.mark.ray
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_killed_comparison_continues_and_repeats_nothing(small_store, tmp_path):
     root, kept = tmp_path / "runs", tmp_path / "kept"

@@ -14,6 +14,7 @@ from raysed.io.store import Store
 pytestmark = pytest.mark.ray
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_run_killed_at_five_points_ends_equal_to_an_undisturbed_one(small_store, tmp_path):
     flags = ["--data", small_store, "--cycles", "5", *FAST]
@@ -36,7 +37,11 @@ def test_a_run_killed_at_five_points_ends_equal_to_an_undisturbed_one(small_stor
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("mode", "point", "workers"),
-    [("byproduct", "train@2", "1"), ("overlapped", "evaluate@2", "1"), ("overlapped", "train@1", "2")],
+    [
+        ("byproduct", "train@2", "1"),
+        pytest.param("overlapped", "evaluate@2", "1", marks=pytest.mark.slow),
+        pytest.param("overlapped", "train@1", "2", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_killed_inside_a_cycle_continues_after_its_last_step(
     small_store, tmp_path, mode, point, workers

@@ -45,6 +45,7 @@ def kill_when(reached, argv: list[str]) -> None:
         psutil.wait_procs(children, timeout=30)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_killed_sweep_runs_what_is_unfinished_and_survives_a_trial_that_diverges(small_store, tmp_path):
     root = tmp_path / "sweep"
