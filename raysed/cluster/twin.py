@@ -110,11 +110,11 @@ class Twin:
             raise ResourcesError(f"the job failed: {' '.join(command)}")
 
     def work_by_node(self) -> dict[str, dict[str, int]]:
-        """Tiles read, steps, visits and scores by short node id, over the committed cycles."""
+        """Tiles read, steps, visits and scores by the end of the node's id, over the committed cycles."""
         found: dict[str, Counter[str]] = {}
         for manifest in Ledger(Storage(RUN)).manifests():
             for kind, counts in manifest.record["nodes"].items():
-                found.setdefault(kind, Counter()).update({n[:8]: c for n, c in counts.items()})
+                found.setdefault(kind, Counter()).update({n[-8:]: c for n, c in counts.items()})
         return {kind: dict(counts) for kind, counts in found.items()}
 
     def keep(self) -> None:
@@ -148,7 +148,7 @@ class Twin:
                         "result"
                     ]
                     living = Counter(
-                        f"{a['node_id'][:8]} {a['class_name']}" for a in actors if a["state"] == "ALIVE"
+                        f"{a['node_id'][-8:]} {a['class_name']}" for a in actors if a["state"] == "ALIVE"
                     )
                     self.seen.append(
                         {
@@ -239,13 +239,16 @@ def autoscaled(twin: Twin) -> dict[str, Any]:
                 f"{twin.cluster.alive() - 1} idle nodes are still there after {GONE_SECONDS:.0f} s"
             )
         time.sleep(1)
+    time.sleep(5)  # the last of what is seen
+    idle = max(s["second"] for s in twin.seen if any("Worker" in name for name in s["actors"]))
+    alone = min(s["second"] for s in twin.seen if s["second"] > idle and s["nodes"] == 1)
     first = Ledger(Storage(RUN)).manifests()[0].record
     began = datetime.fromisoformat(first["started"]).timestamp()
     until_step = began + first["seconds"].get("score", 0) + first["seconds"].get("select", 0) - twin.submitted
     return {
         "most_nodes": most,
         "seconds_from_submission_to_first_step": round(until_step, 1),
-        "seconds_from_end_to_head_alone": round(time.time() - ended, 1),
+        "seconds_from_last_worker_to_head_alone": round(alone - idle, 1),
         "idle_timeout_seconds": IDLE_MINUTES * 60,
         "work_by_node": twin.work_by_node(),
     }
