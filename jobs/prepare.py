@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from raysed.cli import Parser, main
 from raysed.cluster.prepare import Settings, prepare, synthetic
 from raysed.errors import UsageError
-from raysed.io.sources import find
+from raysed.io.sources import Rule, find
 from raysed.io.storage import Storage
 
 
@@ -35,6 +35,16 @@ def job(argv: Sequence[str]) -> None:
     )
     parser.add_argument(
         "--store", type=int, help="side of the tiles stored, pixels (default: that of --tile)"
+    )
+    parser.add_argument(
+        "--bands",
+        metavar="R,G,B",
+        help="numbers of the bands that are red, green and blue, from 1 (default: images have these three only)",
+    )
+    parser.add_argument(
+        "--stretch",
+        metavar="LO,HI",
+        help="values of 16-bit images that become 0 and 255, linearly (default: images have 8 bits)",
     )
     parser.add_argument("--classes", metavar="FILE", help="classes.json to use instead of the source's own")
     parser.add_argument(
@@ -57,7 +67,11 @@ def job(argv: Sequence[str]) -> None:
         root = Storage(args.source)
         layout = find(root, args.classes)
     settings = Settings(
-        resize=_resize(args.resize, layout.kind), tile=args.tile, store=args.store, seed=args.seed
+        resize=_resize(args.resize, layout.kind),
+        tile=args.tile,
+        store=args.store,
+        seed=args.seed,
+        rule=Rule(_numbers("--bands", args.bands), _numbers("--stretch", args.stretch)),
     )
 
     def say(line: str) -> None:
@@ -79,6 +93,13 @@ def _resize(text: str | None, kind: str) -> int | None:
         return int(text)
     except ValueError:
         raise UsageError(f"--resize must be a number of pixels or none, got {text!r}") from None
+
+
+def _numbers(flag: str, text: str | None) -> tuple[int, ...] | None:
+    try:
+        return None if text is None else tuple(int(n) for n in text.split(","))
+    except ValueError:
+        raise UsageError(f"{flag} must be whole numbers with commas between, got {text!r}") from None
 
 
 if __name__ == "__main__":

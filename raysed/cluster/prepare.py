@@ -24,7 +24,7 @@ from raysed.core import tiles
 from raysed.core.tiles import OPENEARTHMAP
 from raysed.errors import DataError, UsageError
 from raysed.io import codec, sources, store
-from raysed.io.sources import BadSource, Layout, Raster, Source
+from raysed.io.sources import PLAIN, BadSource, Layout, Raster, Rule, Source
 from raysed.io.storage import Storage
 from raysed.io.store import BadTile
 
@@ -45,6 +45,8 @@ class Settings:
     """Side of the tiles stored; None means `tile`."""
     seed: int = 0
     """Of the synthetic world."""
+    rule: Rule = PLAIN
+    """How the images become 8-bit RGB."""
 
     def __post_init__(self) -> None:
         for name in ("resize", "tile", "store"):
@@ -182,6 +184,7 @@ def prepare(
         index=index,
         quarantine=quarantine,
         dropped_pixels=dropped,
+        rule=settings.rule,
     )
     for path in storage.list("pieces"):
         storage.remove(path)
@@ -215,7 +218,7 @@ def _agree(storage: Storage, root: Storage | None, layout: Layout, settings: Set
     An unfinished store whose sources have changed since (a bad file was repaired, say) is begun anew.
     """
     listing = hashlib.sha256(json.dumps([asdict(s) for s in layout.sources]).encode()).hexdigest()
-    plan = {
+    plan: dict[str, Any] = {
         **asdict(settings),
         "layout": layout.kind,
         "classes": [asdict(c) for c in layout.classes],
@@ -223,14 +226,17 @@ def _agree(storage: Storage, root: Storage | None, layout: Layout, settings: Set
         "sources": len(layout.sources),
         "listing": listing,
     }
+    if settings.rule == PLAIN:
+        del plan["rule"]
     body = (json.dumps(plan, indent=1) + "\n").encode()
+    plan = json.loads(body)
     finished = storage.exists("dataset.json")
     if finished and not storage.exists("plan.json"):
         raise UsageError(f"{storage.uri} holds a store that was not made by prepare: choose another --target")
     if storage.create("plan.json", body):
         return
     there = json.loads(storage.read("plan.json"))
-    differs = {k: v for k, v in plan.items() if there.get(k) != v}
+    differs = {k: plan.get(k) for k in plan | there if there.get(k) != plan.get(k)}
     if differs and not finished and differs.keys() <= {"sources", "listing"}:
         for path in (*storage.list("pieces"), *storage.list("shards")):
             storage.remove(path)
@@ -257,7 +263,7 @@ def _grids(
         sizes = {s.name: (settings.resize, settings.resize) for s in present}
     elif root is not None:
         items = [{"source": json.dumps(asdict(s))} for s in present]
-        rows = list(run_tasks(read_headers, items, 16, {"root": root.uri}))
+        rows = list(run_tasks(read_headers, items, 16, {"root": root.uri, "rule": settings.rule}))
         bad += [BadTile(r["name"], r["reason"], r["sha256"]) for r in rows if "reason" in r]
         sizes = {r["name"]: (r["height"], r["width"]) for r in rows if "reason" not in r}
     grids = plan_grids([s for s in present if s.name in sizes], sizes, settings.tile)
@@ -272,13 +278,13 @@ def plan_grids(
     return [(s, *tiles.grid(*sizes[s.name], tile)) for s in sorted(present, key=lambda s: s.name)]
 
 
-def read_headers(batch: dict[str, np.ndarray], root: str) -> list[dict[str, Any]]:
+def read_headers(batch: dict[str, np.ndarray], root: str, rule: Rule) -> list[dict[str, Any]]:
     """INPUT: sources.  OUTPUT: name and height, width, or reason, sha256."""
     found: list[dict[str, Any]] = []
     for text in batch["source"]:
         source = Source(**json.loads(text))
         try:
-            height, width = sources.size(Storage(root), source)
+            height, width = sources.size(Storage(root), source, rule)
             found.append({"name": source.name, "height": height, "width": width})
         except BadSource as error:
             found.append({"name": source.name, "reason": str(error), "sha256": error.sha256})
@@ -392,7 +398,9 @@ def _pixels(root: Storage | None, source: Source, settings: Settings) -> Iterato
         yield _Pixels(None, None, (made.image, made.label))
         return
     with ExitStack() as stack:
-        image = stack.enter_context(Raster(root, source.image, source.image_bytes, 3).opened())
+        image = stack.enter_context(
+            Raster(root, source.image, source.image_bytes, 3, rule=settings.rule).opened()
+        )
         label = (
             stack.enter_context(Raster(root, source.label, source.label_bytes, 1).opened())
             if source.label
@@ -446,6 +454,8 @@ def _collect(storage: Storage, shards: int, classes: int) -> tuple[pa.Table, lis
 def _check_budget(quarantine: list[BadTile], layout: Layout, budget: float) -> None:
     if len(quarantine) > budget * len(layout.sources):
         shown = "; ".join(f"{b.tile_id}: {b.reason}" for b in quarantine[:3])
+        remedy = "; --bands picks bands, --stretch makes 8 bits of 16" if " bands of " in shown else ""
         raise DataError(
-            f"{len(quarantine)} of {len(layout.sources)} sources are unusable, --bad-budget allows {budget:g} of them ({shown})"
+            f"{len(quarantine)} of {len(layout.sources)} sources are unusable, --bad-budget allows {budget:g} of them "
+            f"({shown}){remedy}"
         )

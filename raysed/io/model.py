@@ -18,7 +18,7 @@ from raysed.core.tiles import LandClass
 from raysed.errors import DataError, UsageError
 from raysed.io import checkpoint
 from raysed.io.ledger import Ledger, Manifest, folder
-from raysed.io.sources import ground_size
+from raysed.io.sources import PLAIN, Rule, ground_size
 from raysed.io.storage import Storage, digest
 from raysed.io.store import Store
 
@@ -58,6 +58,8 @@ class Record:
     """The run's configuration."""
     environment: dict[str, Any] = field(default_factory=dict)
     """Versions and commit that the cycle was trained with."""
+    rule: Rule = PLAIN
+    """How the images trained on became 8-bit RGB; those to be mapped become so too."""
 
     @property
     def nodata(self) -> int:
@@ -87,8 +89,9 @@ class Record:
             fields["classes"] = tuple(LandClass(**c) for c in fields["classes"])
             for name in ("ignore", "scale", "mean", "std"):
                 fields[name] = tuple(fields[name])
+            fields["rule"] = Rule.of(fields.get("rule", {}))
             return cls(**fields)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, UsageError) as error:
             raise DataError(
                 f"{where}: not a raysed model description ({type(error).__name__}: {error})"
             ) from error
@@ -206,6 +209,7 @@ def of_run(uri: str, cycle: int | None = None, data: str | None = None) -> Model
         metrics={k: v for k, v in manifest.record["val"].items() if k != "counts"},
         experiment={**experiment.to_dict(), "run": ledger.storage.uri},
         environment=manifest.record.get("environment", {}),
+        rule=store.dataset.rule,
     )
     return Model(record, weights)
 

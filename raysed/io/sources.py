@@ -48,6 +48,67 @@ _MAGIC = {
 }
 
 
+@dataclass(frozen=True)
+class Rule:
+    """How an image of other bands or of 16 bits becomes 8-bit RGB; the plain rule takes 8-bit RGB and nothing else."""
+
+    bands: tuple[int, int, int] | None = None
+    """Numbers of the bands that are red, green and blue, counted from 1; None takes the three of an image of three."""
+    stretch: tuple[int, int] | None = None
+    """Values of a 16-bit image that become 0 and 255, linearly and clipped; None takes an image of 8 bits."""
+
+    def __post_init__(self) -> None:
+        if self.bands is not None and (len(self.bands) != 3 or min(self.bands) < 1):
+            raise UsageError(f"--bands must be three numbers from 1 on, such as 3,2,1, got {self.bands}")
+        if self.stretch is not None and (
+            len(self.stretch) != 2 or not 0 <= self.stretch[0] < self.stretch[1] <= 65535
+        ):
+            raise UsageError(
+                f"--stretch must be two rising values of 0..65535, such as 0,3000, got {self.stretch}"
+            )
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> "Rule":
+        """From its JSON."""
+        return cls(**{name: values and tuple(values) for name, values in fields.items()})
+
+    @property
+    def kind(self) -> str:
+        """Type of a pixel that it takes."""
+        return "uint16" if self.stretch else "uint8"
+
+    def takes(self, bands: int) -> bool:
+        """Whether it takes an image of so many bands."""
+        return bands >= max(self.bands) if self.bands else bands == 3
+
+    def pick(self, pixels: np.ndarray) -> np.ndarray:
+        """(H, W) or (H, W, bands) to (H, W, 3) of the same type."""
+        if self.bands is None:
+            return pixels
+        bands = pixels if pixels.ndim == 3 else pixels[..., None]
+        return bands[..., [b - 1 for b in self.bands]]
+
+    def to_bytes(self, pixels: np.ndarray) -> np.ndarray:
+        """Values to uint8, of any shape."""
+        if self.stretch is None:
+            return pixels
+        low, high = self.stretch
+        table = np.rint(np.clip((np.arange(1 << 16) - low) / (high - low), 0, 1) * 255).astype(np.uint8)
+        out = np.empty(pixels.shape, np.uint8)
+        for part, values in zip(out, pixels, strict=True):  # looking up makes 8 bytes of every value
+            part[...] = table[values]
+        return out
+
+    def __str__(self) -> str:
+        """As the flags of prepare."""
+        flags = {"--bands": self.bands, "--stretch": self.stretch}
+        said = [f"{k} {','.join(map(str, v))}" for k, v in flags.items() if v]
+        return " ".join(said) or "8-bit RGB"
+
+
+PLAIN = Rule()
+
+
 class BadSource(Exception):
     """A source that cannot be used; the text says why.
 
@@ -262,15 +323,24 @@ class Raster:
         size: of the file, bytes; None if it is missing.
         bands: 3 for an image, 1 for a label.
         limit: pixels of a GeoTIFF.
+        rule: how an image becomes 8-bit RGB.
     """
 
     height: int
     width: int
 
     def __init__(
-        self, storage: Storage, path: str, size: int | None, bands: int, limit: int = MAX_WINDOWED
+        self,
+        storage: Storage,
+        path: str,
+        size: int | None,
+        bands: int,
+        limit: int = MAX_WINDOWED,
+        *,
+        rule: Rule = PLAIN,
     ) -> None:
         self.storage, self.path, self.size, self.bands, self.limit = storage, path, size, bands, limit
+        self.rule = rule
         self.crs: str | None = None
         self.wkt: str | None = None
         """The CRS in full: an EPSG code can be the nearest one only."""
@@ -352,13 +422,20 @@ class Raster:
         self._storage_held()
         self.width, self.height = self._image.size
         mode, names = self._image.mode, self._image.getbands()
-        self._check(len(names), {"uint8" if mode in ("RGB", "RGBA", "L", "P", "LA") else mode}, MAX_WHOLE)
+        kind = "uint8" if mode in ("RGB", "RGBA", "L", "LA") or (mode, self.bands) == ("P", 1) else mode
+        self._check(len(names), {"uint16" if mode == "I;16" else kind}, MAX_WHOLE)
 
     def _check(self, bands: int, kinds: set[str], limit: int) -> None:
         if self.height * self.width > limit:
             raise self.bad(f"has {self.width} x {self.height} pixels, at most {limit} are read")
-        if bands != self.bands or kinds != {"uint8"}:
-            raise self.bad(f"has {bands} bands of {', '.join(sorted(kinds))}, expected {self.bands} of uint8")
+        image = self.bands == 3
+        kind = self.rule.kind if image else "uint8"
+        if kinds != {kind} or not (self.rule.takes(bands) if image else bands == self.bands):
+            least = f"at least {max(self.rule.bands)}" if image and self.rule.bands else self.bands
+            rule = f" ({self.rule})" if image and self.rule != PLAIN else ""
+            raise self.bad(
+                f"has {bands} bands of {', '.join(sorted(kinds))}, expected {least} of {kind}{rule}"
+            )
 
     def read(self, row: int, col: int, height: int, width: int) -> np.ndarray:
         """(height, width, 3) or (height, width) uint8 window.
@@ -372,7 +449,8 @@ class Raster:
         if self._whole is None:
             try:
                 self._image.load()
-                self._whole = np.asarray(self._image)
+                whole = np.asarray(self._image)
+                self._whole = self.rule.to_bytes(self.rule.pick(whole)) if self.bands == 3 else whole
             except Exception as error:  # truncated or corrupt pixel data, of whatever kind
                 raise self.bad(f"cannot be decoded ({_line(error)})") from error
         return np.ascontiguousarray(self._whole[row : row + height, col : col + width])
@@ -381,12 +459,17 @@ class Raster:
         from rasterio.errors import RasterioError
         from rasterio.windows import Window
 
+        wanted = self.rule.bands if self.bands == 3 else None
         try:
-            found = self._tiff.read(window=Window(col, row, width, height))
+            found = self._tiff.read(indexes=wanted, window=Window(col, row, width, height))
         except RasterioError as error:
             raise self.bad(f"cannot be decoded ({_line(error.__cause__ or error)})") from error
         self._storage_held()
-        return np.ascontiguousarray(found.transpose(1, 2, 0)) if self.bands == 3 else found[0]
+        return (
+            np.ascontiguousarray(self.rule.to_bytes(found).transpose(1, 2, 0))
+            if self.bands == 3
+            else found[0]
+        )
 
     def valid(self, row: int, col: int, height: int, width: int) -> np.ndarray:
         """(height, width) bool: False where the file says that there is no data.
@@ -428,13 +511,13 @@ class Raster:
             raise failure
 
 
-def size(storage: Storage, source: Source) -> tuple[int, int]:
+def size(storage: Storage, source: Source, rule: Rule) -> tuple[int, int]:
     """(height, width) of a source, from its header.
 
     Raises:
         BadSource: it cannot be used.
     """
-    with Raster(storage, source.image, source.image_bytes, 3).opened(header=True) as image:
+    with Raster(storage, source.image, source.image_bytes, 3, rule=rule).opened(header=True) as image:
         return image.height, image.width
 
 

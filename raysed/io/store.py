@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from raysed.core.tiles import LandClass, check_id
 from raysed.errors import DataError, UsageError
 from raysed.io import codec
+from raysed.io.sources import PLAIN, Rule
 from raysed.io.storage import Storage
 
 FORMAT = 1
@@ -103,6 +104,8 @@ class Dataset:
     """sha256 over ids, splits and tile hashes in order of id, and the classes."""
     dropped_pixels: int = 0
     """Pixels of the (resized) sources that no whole window covered."""
+    rule: Rule = PLAIN
+    """How the sources became 8-bit RGB."""
     format: int = FORMAT
 
     def to_json(self) -> bytes:
@@ -118,8 +121,9 @@ class Dataset:
                 )
             fields["classes"] = tuple(LandClass(**c) for c in fields["classes"])
             fields["ignore"] = tuple(fields["ignore"])
+            fields["rule"] = Rule.of(fields.get("rule", {}))
             return cls(**fields)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, UsageError) as error:
             raise DataError(
                 f"{where}: not a raysed data set description ({type(error).__name__}: {error})"
             ) from error
@@ -188,6 +192,7 @@ def finish(
     index: pa.Table,
     quarantine: Iterable[BadTile] = (),
     dropped_pixels: int = 0,
+    rule: Rule = PLAIN,
 ) -> Dataset:
     """Write quarantine, index and, last, `dataset.json` of a store whose shards are written."""
     index = index.cast(INDEX).sort_by("tile_id")
@@ -208,6 +213,7 @@ def finish(
         pixels={s: _total_pixels(t, len(classes)) for s, t in splits.items()},
         content_hash=digest.hexdigest(),
         dropped_pixels=dropped_pixels,
+        rule=rule,
     )
     bad = pa.Table.from_pylist([asdict(b) for b in quarantine], schema=QUARANTINE).sort_by("tile_id")
     for path, table in (("quarantine.parquet", bad), ("index.parquet", index)):

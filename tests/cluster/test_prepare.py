@@ -23,7 +23,7 @@ from raysed import cli
 from raysed.cluster.prepare import Settings, pack, plan_grids, prepare, synthetic
 from raysed.errors import DataError, StorageError, UsageError
 from raysed.io import store as store_module
-from raysed.io.sources import BadSource, Raster, Source, find, openearthmap_sources
+from raysed.io.sources import BadSource, Raster, Rule, Source, find, openearthmap_sources
 from raysed.io.storage import Storage
 from raysed.io.store import Store, read_tiles
 
@@ -186,6 +186,23 @@ def test_labels_move_with_images_and_ids_become_classes(ray_session, tmp_path):
         assert np.array_equal(tile.image, image)
         assert np.array_equal(tile.label, label)
     assert [c.name for c in opened.dataset.classes] == ["grass", "roof"]
+
+
+@pytest.mark.ray
+def test_bands_and_bits_are_read_by_the_rule_that_the_store_records(ray_session, tmp_path):
+    plain = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    deep = np.concatenate([plain[..., :1], plain[..., ::-1]], 2).astype(np.uint16) * 4
+    write(tmp_path / "in/deep_1.tif", deep)
+    with pytest.raises(DataError, match=r"has 4 bands of uint16, expected 3 of uint8.*--bands picks bands"):
+        make(tmp_path / "in", tmp_path / "out", tile=32)
+    rule = Rule((4, 3, 2), (0, 4 * 255))
+    make(tmp_path / "in", tmp_path / "ruled", tile=32, rule=rule)
+    opened = Store.open(str(tmp_path / "ruled"))
+    assert opened.dataset.rule == rule
+    tile = read_tiles(opened.storage, opened.locations(["deep_1-r001c000"]), 32)[0]
+    assert np.array_equal(tile.image, plain[32:, :32])
+    with pytest.raises(UsageError, match=r"rule: .* there, None now"):
+        make(tmp_path / "in", tmp_path / "ruled", tile=32)
 
 
 @pytest.mark.ray
@@ -370,6 +387,10 @@ def test_an_unlabelled_image_joins_labelled_sources(ray_session, tmp_path):
         (["--source", "IN", "--resize", "big"], "--resize must be a number of pixels or none, got 'big'"),
         (["--source", "IN", "--resize", "128"], "resize 128 is smaller than tile 256"),
         (["--source", "IN", "--tile", "8"], "tile must lie in 16..4096"),
+        (
+            ["--source", "IN", "--bands", "red"],
+            "--bands must be whole numbers with commas between, got 'red'",
+        ),
         (["--source", "IN", "--bad-budget", "2"], "--bad-budget must lie in 0..1"),
         (["--source", "IN", "--classes", "/nowhere.json"], "--classes /nowhere.json: No such file"),
         (["--source", "synthetic", "--scenes", "0"], "--scenes must be at least 1"),
