@@ -6,7 +6,7 @@
 
 SOURCE is a folder in OpenEarthMap's layout (resized to 512 and cut to 256 as in the paper), a plain folder with images/,
 labels/, classes.json, train.txt and val.txt, or a folder of images without labels.  The same command again continues a store
-that was interrupted, and does nothing to a finished one.
+that was interrupted, and does nothing to a finished one; with --append it adds what is new.
 """
 
 import json
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from raysed.cli import Parser, main
 from raysed.cluster.prepare import Settings, prepare, synthetic
 from raysed.errors import UsageError
-from raysed.io.sources import Rule, find
+from raysed.io.sources import Rule, find, remapped
 from raysed.io.storage import Storage
 
 
@@ -48,6 +48,16 @@ def job(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--classes", metavar="FILE", help="classes.json to use instead of the source's own")
     parser.add_argument(
+        "--remap",
+        metavar="FILE",
+        help="a classes.json of the classes wanted, with `map`: what each class of the source becomes",
+    )
+    parser.add_argument(
+        "--append",
+        action="store_true",
+        help="add the sources that the store does not hold yet; runs that used it as it was stay valid",
+    )
+    parser.add_argument(
         "--scenes", type=int, default=200, help="scenes of the synthetic world, 256 px each (default: 200)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the synthetic world (default: 0)")
@@ -66,6 +76,8 @@ def job(argv: Sequence[str]) -> None:
     else:
         root = Storage(args.source)
         layout = find(root, args.classes)
+    if args.remap:
+        layout = remapped(layout, args.remap)
     settings = Settings(
         resize=_resize(args.resize, layout.kind),
         tile=args.tile,
@@ -78,8 +90,15 @@ def job(argv: Sequence[str]) -> None:
         print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
 
     result = prepare(
-        root, layout, args.target, settings, bad_budget=args.bad_budget, shared_filesystem=args.shared_filesystem, say=say
-    )  # fmt: skip
+        root,
+        layout,
+        args.target,
+        settings,
+        append=args.append,
+        bad_budget=args.bad_budget,
+        shared_filesystem=args.shared_filesystem,
+        say=say,
+    )
     if args.json:
         print(json.dumps(result))
 

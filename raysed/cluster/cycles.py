@@ -76,6 +76,8 @@ class Arm:
     experiment: Experiment
     epoch: int
     """Fencing token of the lease on its run directory."""
+    dataset: str
+    """Content hash of the version of the tile store that it runs on."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ class Worker:
         self.device = ray.train.torch.get_device() if setup.device == "cuda" else torch.device("cpu")
         self.threads = self.exp.cluster.threads or max(1, node_cpus() // context.get_local_world_size())
         torch.set_num_threads(self.threads)
-        self.store = Store.open(str(self.exp.data.uri))
+        self.store = Store.open(str(self.exp.data.uri), arm.dataset)
         self.pool = self.store.split("train")
         self.candidates = labelled(self.pool)
         self.ledger = Ledger(Storage(str(self.exp.run)), arm.epoch)

@@ -20,6 +20,7 @@ from raysed.cluster.launch import (
     device_of,
     patience,
     scorer_count,
+    store_of,
 )
 from raysed.config import Experiment
 from raysed.core import memory, networks
@@ -48,7 +49,7 @@ def dry_run(
     Raises:
         RaysedError: what would also end the real run before it starts.
     """
-    store = Store.open(str(experiment.data.uri))
+    store = store_of(experiment, say)
     check_data(experiment, store, say)
     connect()
     check_run_paths(experiment)

@@ -83,7 +83,7 @@ def carry_out(
 ) -> int:
     """`launch` under a stopper: signals for a job, a stepper for a trial of a sweep."""
     arms = arms_of(experiment)
-    store = Store.open(str(experiment.data.uri))
+    store = store_of(experiment, say)
     check_data(experiment, store, say)
     with ExitStack() as stack:
         stack.enter_context(stopper)
@@ -91,7 +91,7 @@ def carry_out(
         for name, arm in arms:
             lease = stack.enter_context(Lease(Storage(str(arm.run))))
             Ledger(Storage(str(arm.run)), lease.epoch).open(arm, store.dataset.content_hash)
-            held.append(Arm(name, arm, lease.epoch))
+            held.append(Arm(name, arm, lease.epoch, store.dataset.content_hash))
         if _complete(arms):
             say("all cycles are committed already")
             return 0
@@ -100,6 +100,24 @@ def carry_out(
             ledger = Ledger(Storage(str(arm.run)))
             ledger.write_lines(ledger.manifests())
     return 0 if not stopper.caught or _complete(arms) else errors.EXIT_INTERRUPTED[stopper.caught]
+
+
+def store_of(experiment: Experiment, say: Callable[[str], None]) -> Store:
+    """The tile store of a run: the version that it began with, the newest if it begins or was told to change."""
+    newest = Store.open(str(experiment.data.uri))
+    runs = [Storage(str(arm.run)) for _, arm in arms_of(experiment)]
+    begun = [Ledger(run).config()[1] for run in runs if run.exists("config.json")]
+    if not begun or begun[0] == newest.dataset.content_hash or experiment.allow_config_change:
+        return newest
+    try:
+        store = Store.open(newest.storage.uri, begun[0])
+    except UsageError:
+        return newest  # another store: the ledger says what differs
+    say(
+        f"note: the run goes on with version {store.dataset.version} of the store, {len(store.index)} tiles; tiles were appended since, "
+        f"version {newest.dataset.version} has {len(newest.index)}: a new --run takes them"
+    )
+    return store
 
 
 def _complete(arms: list[tuple[str, Experiment]]) -> bool:

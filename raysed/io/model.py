@@ -184,12 +184,7 @@ def of_run(uri: str, cycle: int | None = None, data: str | None = None) -> Model
     ledger = Ledger(Storage(uri))
     manifest, data_of_weights = _weights(ledger, cycle)
     experiment, dataset_hash = ledger.config(manifest.cycle)
-    store = Store.open(data or str(experiment.data.uri))
-    if store.dataset.content_hash != dataset_hash:
-        raise UsageError(
-            f"{store.storage.uri} holds data set {store.dataset.content_hash[:12]}, {ledger.storage.uri} ran on "
-            f"{dataset_hash[:12]}: give its store with --data"
-        )
+    store = Store.open(data or str(experiment.data.uri), dataset_hash)
     state = checkpoint.unpack(data_of_weights, f"{folder(manifest.cycle)}/{WEIGHTS}")
     weights = {n.removeprefix("net."): t for n, t in state.items() if n.startswith("net.")}
     scale, metres = _scale(store)

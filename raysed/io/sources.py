@@ -12,14 +12,14 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
-from raysed.core.tiles import OPENEARTHMAP, LandClass, check_id, region_of
+from raysed.core.tiles import OPENEARTHMAP, LandClass, check_id, label_lookup, region_of
 from raysed.errors import StorageError, UsageError
 from raysed.io.storage import Storage
 
@@ -150,6 +150,18 @@ class Layout:
     ignore: tuple[int, ...]
     sources: tuple[Source, ...]
     """Sorted by name; a listed image that is not there is among them."""
+    remap: tuple[tuple[int, int | None], ...] = ()
+    """(value in the label files, id of its class or None for void) by value; empty: values are ids."""
+
+    def lookup(self) -> np.ndarray:
+        """(256,) int16 from a value in the label files to the stored label: 1..C, 0 for void, -1 for unknown values."""
+        table = label_lookup(self.classes, self.ignore)
+        if not self.remap:
+            return table
+        found = np.full(256, -1, np.int16)
+        for value, wanted in self.remap:
+            found[value] = 0 if wanted is None else table[wanted]
+        return found
 
 
 def find(storage: Storage, classes_file: str | None = None) -> Layout:
@@ -253,11 +265,23 @@ def _classes(
     storage: Storage, paths: dict[str, int], classes_file: str | None
 ) -> tuple[str, tuple[LandClass, ...], tuple[int, ...]] | None:
     if classes_file:
-        where, data = classes_file, _local(classes_file)
+        where, data = classes_file, _local("--classes", classes_file)
     elif "classes.json" in paths:
         where, data = f"{storage.uri}/classes.json", storage.read("classes.json")
     else:
         return None
+    name, classes, ignore, _ = _class_list(data, where)
+    return name or "folder", classes, ignore
+
+
+def _class_list(
+    data: bytes, where: str
+) -> tuple[str | None, tuple[LandClass, ...], tuple[int, ...], dict[str, Any]]:
+    """Name, classes and ignored ids of a `classes.json`, and all of its fields.
+
+    Raises:
+        UsageError: it is none.
+    """
     try:
         fields = json.loads(data)
         classes = tuple(LandClass(c["name"], c["color"], int(c["id"])) for c in fields["classes"])
@@ -265,17 +289,63 @@ def _classes(
         ids = [c.source_id for c in classes] + list(ignore)
         if len(set(ids)) < len(ids) or not classes or not all(0 <= i <= 255 for i in ids):
             raise ValueError(f"class and ignore ids must be different and in 0..255, got {ids}")
-        return str(fields.get("name", "folder")), classes, ignore
-    except (ValueError, KeyError, TypeError) as error:
+        return fields.get("name"), classes, ignore, fields
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{where}: not a class list ({type(error).__name__}: {error})") from error
 
 
-def _local(path: str) -> bytes:
+def remapped(layout: Layout, file: str) -> Layout:
+    """A layout whose labels become other classes.
+
+    Args:
+        layout: of a source with classes.
+        file: path of a `classes.json` of the classes wanted, on this machine, with `map` beside them: for each class of the
+            source, by name or id, the name or id of the class that it becomes, or "ignore".
+
+    Raises:
+        UsageError: no such file, a class of the source that is left out, or a class that neither side has.
+    """
+    name, classes, ignore, fields = _class_list(_local("--remap", file), file)
+    if not layout.classes:
+        raise UsageError(f"--remap {file}: the source has no classes to map (no labels, no classes.json)")
+    wanted = fields.get("map")
+    if not isinstance(wanted, dict):
+        raise UsageError(f'{file}: "map" must say what each class of the source becomes')
+    found: dict[int, int | None] = dict.fromkeys(layout.ignore)
+    for key, value in wanted.items():
+        here = _known(key, layout.classes, f"{file}: map names {key!r}, the source's classes are")
+        if here in found:
+            raise UsageError(f"{file}: map names class {here} of the source twice")
+        there = f"{file}: map makes {key!r} {value!r}, the classes wanted are"
+        found[here] = None if value == "ignore" else _known(value, classes, there)
+    if missing := [c.name for c in layout.classes if c.source_id not in found]:
+        raise UsageError(
+            f'{file}: map leaves out {", ".join(missing)}: say the class that it becomes, or "ignore"'
+        )
+    return replace(
+        layout,
+        name=name or layout.name,
+        classes=classes,
+        ignore=ignore,
+        remap=tuple(sorted(found.items(), key=lambda pair: pair[0])),
+    )
+
+
+def _known(named: Any, classes: Sequence[LandClass], otherwise: str) -> int:
+    """Id of the class of a name or an id."""
+    for key in ("name", "source_id"):
+        for c in classes:
+            if str(getattr(c, key)) == str(named):
+                return c.source_id
+    raise UsageError(f"{otherwise} {', '.join(f'{c.source_id} {c.name}' for c in classes)}")
+
+
+def _local(flag: str, path: str) -> bytes:
     try:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
-        raise UsageError(f"--classes {path}: {error.strerror}") from error
+        raise UsageError(f"{flag} {path}: {error.strerror}") from error
 
 
 class _Ranged(io.RawIOBase):

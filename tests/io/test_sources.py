@@ -17,7 +17,7 @@ from PIL import Image
 
 from raysed.errors import StorageError, UsageError
 from raysed.io import sources
-from raysed.io.sources import BadSource, Raster, Rule, find
+from raysed.io.sources import BadSource, Raster, Rule, find, remapped
 from raysed.io.storage import Storage
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -379,3 +379,50 @@ def test_an_image_that_a_rule_does_not_take_is_named(tmp_path, name, rule, text)
 def test_a_rule_that_is_none_is_refused(rule):
     with pytest.raises(UsageError, match=f"--{next(iter(rule))} must be"):
         Rule(**rule)
+
+
+WANTED = [{"id": 5, "name": "built", "color": "#FF0000"}, {"id": 9, "name": "water", "color": "#0000FF"}]
+
+
+def remap(town: Path, mapping: object, **fields):
+    three = [{"id": i, "name": n, "color": "#010203"} for i, n in ((1, "roof"), (2, "road"), (7, "sea"))]
+    (town / "classes.json").write_text(json.dumps({"name": "t", "ignore": [0], "classes": three}))
+    (town / "remap.json").write_text(json.dumps({"classes": WANTED, "map": mapping, **fields}))
+    return remapped(layout(town), str(town / "remap.json"))
+
+
+def test_a_remapping_makes_the_wanted_classes_of_the_sources(town):
+    found = remap(town, {"roof": "built", "2": 5, "sea": "ignore"}, ignore=[255])
+    assert [(c.source_id, c.name) for c in found.classes] == [(5, "built"), (9, "water")]
+    assert found.ignore == (255,)
+    assert found.remap == ((0, None), (1, 5), (2, 5), (7, None))
+    table = found.lookup()
+    assert table[[0, 1, 2, 7]].tolist() == [0, 1, 1, 0]
+    assert set(np.delete(table, [0, 1, 2, 7])) == {-1}  # 5 and 9 are no values of the label files
+
+
+@pytest.mark.parametrize(
+    ("mapping", "text"),
+    [
+        ({"roof": "built", "2": 5}, 'leaves out sea: say the class that it becomes, or "ignore"'),
+        ({"roof": "built", "1": 5, "road": 5, "sea": 9}, "names class 1 of the source twice"),
+        ({"rof": "built"}, "map names 'rof', the source's classes are 1 roof, 2 road, 7 sea"),
+        ({"roof": "buildings"}, "map makes 'roof' 'buildings', the classes wanted are 5 built, 9 water"),
+        (["roof"], '"map" must say what each class of the source becomes'),
+    ],
+)
+def test_a_bad_remapping_is_named(town, mapping, text):
+    with pytest.raises(UsageError) as refused:
+        remap(town, mapping)
+    assert text in str(refused.value)
+    assert "remap.json" in str(refused.value)
+
+
+def test_a_remapping_needs_classes_on_both_sides(town, tmp_path_factory):
+    bare = tmp_path_factory.mktemp("bare")
+    png(bare / "a.png")
+    remap(town, {"roof": 5, "road": 5, "sea": 9})
+    with pytest.raises(UsageError, match="the source has no classes to map"):
+        remapped(layout(bare), str(town / "remap.json"))
+    with pytest.raises(UsageError, match=r"--remap .*nowhere\.json: No such file"):
+        remapped(layout(town), str(town / "nowhere.json"))
