@@ -29,6 +29,7 @@ from raysed.core import networks
 from raysed.core.acquisition import STRATEGIES
 from raysed.errors import RaysedError, ResourcesError, UsageError, rebuilt
 from raysed.io.ledger import Lease, Ledger, Manifest
+from raysed.io.model import init_notes, load_init
 from raysed.io.provenance import environment
 from raysed.io.storage import Storage
 from raysed.io.store import Store
@@ -167,7 +168,7 @@ def _scores(experiment: Experiment) -> bool:
 
 
 def check_data(experiment: Experiment, store: Store, say: Callable[[str], None]) -> None:
-    """Prove that the experiment fits its tile store; absent classes are said."""
+    """Prove that the experiment fits its tile store; absent classes are said, and where a model it starts from differs."""
     dataset = store.dataset
     if experiment.select.strategy not in STRATEGIES:
         raise UsageError(
@@ -187,6 +188,9 @@ def check_data(experiment: Experiment, store: Store, say: Callable[[str], None])
             f"{experiment.model.arch} needs tiles of 2, 3, ... x {net.multiple} px, the store's have {dataset.tile_size}: "
             "prepare it with another --store"
         )
+    if experiment.model.init:
+        for note in init_notes(load_init(experiment.model).record, store):
+            say(note)
     for land_class, train, val in zip(
         dataset.classes, dataset.pixels["train"][1:], dataset.pixels["val"][1:], strict=True
     ):
