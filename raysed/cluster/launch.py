@@ -202,10 +202,10 @@ def check_data(experiment: Experiment, store: Store, say: Callable[[str], None])
 
 
 def check_run_paths(experiment: Experiment) -> None:
-    """Refuse local data or run paths on a cluster of several nodes."""
-    places = {f"--data {experiment.data.uri}": experiment.data.uri, f"--run {experiment.run}": experiment.run}
+    """Refuse local paths of data, run or initial model on a cluster of several nodes."""
+    places = {"--data": experiment.data.uri, "--run": experiment.run, "--init": experiment.model.init}
     check_paths(
-        {shown: str(uri) for shown, uri in places.items()},
+        {f"{flag} {uri}": uri for flag, uri in places.items() if uri},
         shared=experiment.cluster.shared_filesystem,
         remedy="give an s3:// URI (or set RAYSED_DATA and RAYSED_RUN), or --cluster.shared-filesystem if all nodes see the same files",
     )
