@@ -6,7 +6,7 @@
 
 SOURCE is a folder in OpenEarthMap's layout (resized to 512 and cut to 256 as in the paper), a plain folder with images/,
 labels/, classes.json, train.txt and val.txt, or a folder of images without labels.  The same command again continues a store
-that was interrupted, and does nothing to a finished one.
+that was interrupted, and does nothing to a finished one; with --append it adds what is new.
 """
 
 import json
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from raysed.cli import Parser, main
 from raysed.cluster.prepare import Settings, prepare, synthetic
 from raysed.errors import UsageError
-from raysed.io.sources import find
+from raysed.io.sources import Rule, find, remapped
 from raysed.io.storage import Storage
 
 
@@ -36,7 +36,27 @@ def job(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--store", type=int, help="side of the tiles stored, pixels (default: that of --tile)"
     )
+    parser.add_argument(
+        "--bands",
+        metavar="R,G,B",
+        help="numbers of the bands that are red, green and blue, from 1 (default: images have these three only)",
+    )
+    parser.add_argument(
+        "--stretch",
+        metavar="LO,HI",
+        help="values of 16-bit images that become 0 and 255, linearly (default: images have 8 bits)",
+    )
     parser.add_argument("--classes", metavar="FILE", help="classes.json to use instead of the source's own")
+    parser.add_argument(
+        "--remap",
+        metavar="FILE",
+        help="a classes.json of the classes wanted, with `map`: what each class of the source becomes",
+    )
+    parser.add_argument(
+        "--append",
+        action="store_true",
+        help="add the sources that the store does not hold yet; runs that used it as it was stay valid",
+    )
     parser.add_argument(
         "--scenes", type=int, default=200, help="scenes of the synthetic world, 256 px each (default: 200)"
     )
@@ -56,16 +76,29 @@ def job(argv: Sequence[str]) -> None:
     else:
         root = Storage(args.source)
         layout = find(root, args.classes)
+    if args.remap:
+        layout = remapped(layout, args.remap)
     settings = Settings(
-        resize=_resize(args.resize, layout.kind), tile=args.tile, store=args.store, seed=args.seed
+        resize=_resize(args.resize, layout.kind),
+        tile=args.tile,
+        store=args.store,
+        seed=args.seed,
+        rule=Rule(_numbers("--bands", args.bands), _numbers("--stretch", args.stretch)),
     )
 
     def say(line: str) -> None:
         print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
 
     result = prepare(
-        root, layout, args.target, settings, bad_budget=args.bad_budget, shared_filesystem=args.shared_filesystem, say=say
-    )  # fmt: skip
+        root,
+        layout,
+        args.target,
+        settings,
+        append=args.append,
+        bad_budget=args.bad_budget,
+        shared_filesystem=args.shared_filesystem,
+        say=say,
+    )
     if args.json:
         print(json.dumps(result))
 
@@ -79,6 +112,13 @@ def _resize(text: str | None, kind: str) -> int | None:
         return int(text)
     except ValueError:
         raise UsageError(f"--resize must be a number of pixels or none, got {text!r}") from None
+
+
+def _numbers(flag: str, text: str | None) -> tuple[int, ...] | None:
+    try:
+        return None if text is None else tuple(int(n) for n in text.split(","))
+    except ValueError:
+        raise UsageError(f"{flag} must be whole numbers with commas between, got {text!r}") from None
 
 
 if __name__ == "__main__":

@@ -72,12 +72,7 @@ def check(run: Storage, data: str | None) -> None:
     faults, cycles = [], 0
     for name, (ledger, manifests) in arms_of(run).items():
         experiment, dataset_hash = ledger.config()
-        store = Store.open(data or str(experiment.data.uri))
-        if store.dataset.content_hash != dataset_hash:
-            raise UsageError(
-                f"{store.storage.uri} holds data set {store.dataset.content_hash[:12]}, {name} of {run.uri} ran on "
-                f"{dataset_hash[:12]}: give its store with --data"
-            )
+        store = Store.open(data or str(experiment.data.uri), dataset_hash)
         faults += [f"{name}: {fault}" for fault in verify(ledger, store.split("train"))]
         cycles += len(manifests)
     if faults:

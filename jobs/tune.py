@@ -18,7 +18,7 @@ from raysed.config import Experiment
 from raysed.errors import RaysedError, UsageError
 from raysed.io.storage import Storage
 from raysed.report.sweep import TrialResult, sweep_files
-from raysed.runs import say, with_data
+from raysed.runs import say, with_data, with_init
 
 TRIALS, CYCLES = 16, 12
 
@@ -40,6 +40,7 @@ def job(argv: Sequence[str]) -> int:
         )
     base, preset = cli.parse_experiment(args, Experiment())
     base = with_data(replace(base, baseline=False, cycles=base.cycles if args.cycles else CYCLES), preset)
+    base = with_init(base, arch=getattr(args, "model.arch"), config=args.config)
     run = Storage(base.run or f"runs/tune-{base.model.arch}".replace(":", "-"))
     base = replace(base, run=run.uri)
     results = Storage(args.results) if args.results else run.at("results")

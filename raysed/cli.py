@@ -20,6 +20,7 @@ SHORT = {
     "data.uri": "--data",
     "run": "--run",
     "model.arch": "--arch",
+    "model.init": "--init",
     "select.strategy": "--select",
     "cycles": "--cycles",
     "seed": "--seed",

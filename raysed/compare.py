@@ -33,6 +33,10 @@ def compare(doc: str | None, argv: Sequence[str]) -> int:
     for name in OWN:
         if getattr(args, name) is not None:
             raise UsageError(f"{name} is what the runs differ in: choose with --only, and seeds with --seeds")
+    if getattr(args, "model.init") is not None:
+        raise UsageError(
+            "--init is for jobs/train.py and jobs/active.py: the runs of a comparison have networks of their own"
+        )
     names, seeds = _names(args.only), _seeds(args.seeds)
     base, preset = cli.parse_experiment(args, Experiment())
     base = with_data(base, preset)

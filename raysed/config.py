@@ -44,6 +44,19 @@ class ModelConfig:
     encoder_weights: str | None = None
     """Encoder weights to start from: none (from scratch), a name that smp knows such as imagenet (downloaded), or a
     .safetensors or .pth file of a state dict."""
+    init: str | None = None
+    """Model folder of jobs/export.py whose weights a run starts from (fine-tuning); with other classes its last layer begins anew."""
+    sha256: str | None = None
+    """Hash of the weights of init; filled in when a run begins, so that no other model continues it."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.init is None or self.encoder_weights is None,
+            f"model.init {self.init!r} brings all weights: model.encoder_weights must be none, got {self.encoder_weights!r}",
+        )
+        _require(
+            self.init is not None or self.sha256 is None, "model.sha256 goes with model.init: give --init"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from raysed.cluster.launch import launch
 from raysed.cluster.prepare import prepare_synthetic
 from raysed.config import Experiment
 from raysed.errors import UsageError
+from raysed.io.model import load, load_init
 from raysed.io.storage import Storage
 from raysed.report.html import write_report
 from raysed.report.summary import table, write_summary
@@ -38,7 +39,9 @@ def run_experiment(doc: str | None, argv: Sequence[str], start: Experiment) -> i
     for flag, value in (("--tiles-per-second", args.tiles_per_second), ("--price", args.price)):
         if value is not None and (value <= 0 or not args.dry_run):
             raise UsageError(f"{flag} must be positive and goes with --dry-run, got {value:g}")
-    experiment = with_data(experiment, preset)
+    experiment = with_init(
+        with_data(experiment, preset), arch=getattr(args, "model.arch"), config=args.config
+    )
     if experiment.run is None:
         name = (
             preset
@@ -69,3 +72,23 @@ def with_data(experiment: Experiment, preset: str | None) -> Experiment:
         )
         prepare_synthetic(DEMO_STORE, scenes=DEMO_SCENES, tile=DEMO_TILE, say=say)
     return replace(experiment, data=replace(experiment.data, uri=Storage(uri).uri))
+
+
+def with_init(experiment: Experiment, *, arch: str | None, config: str | None) -> Experiment:
+    """The experiment with the absolute URI and the hash of the model that it starts from, if any.
+
+    Args:
+        experiment: the experiment.
+        arch: as given by flag; without flag and config file the architecture is the model's.
+        config: as given by flag.
+
+    Raises:
+        RaysedError: see `load_init`.
+    """
+    wanted = experiment.model
+    if wanted.init is None:
+        return experiment
+    wanted = replace(wanted, init=Storage(wanted.init).uri)
+    if arch is None and config is None:
+        wanted = replace(wanted, arch=load(str(wanted.init)).record.arch)
+    return replace(experiment, model=replace(wanted, sha256=load_init(wanted).record.sha256))

@@ -5,7 +5,9 @@ A row measures both sides in turn and keeps the ratio of each repetition; the va
 """
 
 import io
+import itertools
 import json
+import math
 import os
 import tempfile
 import time
@@ -22,6 +24,8 @@ import torch
 
 from raysed.cluster.connect import connect
 from raysed.cluster.launch import launch
+from raysed.cluster.mapper import BATCH, Settings
+from raysed.cluster.predict import predict
 from raysed.cluster.scoring import Network, Scorer, present, score_pool
 from raysed.cluster.stream import Stream
 from raysed.config import AugmentConfig, ClusterConfig, Experiment, OptimConfig, SelectConfig
@@ -33,7 +37,10 @@ from raysed.core.randomness import keyed_rng
 from raysed.core.scores import ScoreTable
 from raysed.core.step import DTYPES, Learner, MicroBatch, resolve_precision, to_device
 from raysed.core.uncertainty import log_probabilities, tile_scores
+from raysed.core.windows import axis
+from raysed.io.imagery import find_images
 from raysed.io.ledger import Ledger, choose, selection_table, table_bytes
+from raysed.io.model import of_run
 from raysed.io.storage import Storage
 from raysed.io.store import Store, Tile, read_tiles
 
@@ -72,6 +79,7 @@ GOALS = {
     "precision": Goal("x", None, True, "one training step of efficientunet-b0 in our precision and layout against fp32 NCHW (the goal of 1.5 holds for CPUs with AMX)"),
     "scoring / bare forward": Goal("x a core", 0.95, True, "tiles/s a core of the whole pool through the scorers over a bare forward pass with scores of one thread, same precision, inference mode"),
     "two scorers / one": Goal("x", 1.8, True, "tiles/s of two scorers of one thread over one"),
+    "predict / bare forward": Goal("x", 0.9, True, "windows/s of jobs/predict.py on GeoTIFFs, reading, blending and writing included, over a bare forward pass of as many windows in memory by the same cores; a long image minus a short one, so that the start of the actors is left out"),
     "stream / DataLoader": Goal("x", 1.0, True, "tiles/s of the tile stream alone, warm, over the best of several DataLoader settings with the same functions"),
     "augmentation": Goal("% of a step", 3, False, "augmenting a tile over a training step a tile of efficientunet-b0, both on one thread"),
     "bytes fetched": Goal("x", 1.1, False, "bytes asked of the storage for a random fifth over the bytes of those tiles"),
@@ -219,10 +227,16 @@ def bare_costs(bench: Bench, threads: int) -> tuple[float, float, float]:
 @torch.inference_mode()
 def scored(net: torch.nn.Module, x: torch.Tensor, precision: Any) -> torch.Tensor:
     """Scores by a bare forward pass."""
+    return tile_scores(log_probabilities(logits(net, x, precision)))
+
+
+@torch.inference_mode()
+def logits(net: torch.nn.Module, x: torch.Tensor, precision: Any) -> torch.Tensor:
+    """A bare forward pass."""
     net.eval()
     dtype = DTYPES[precision]
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        return tile_scores(log_probabilities(net(x)))
+        return net(x)
 
 
 class Loaded(torch.utils.data.Dataset):  # type: ignore[type-arg]
@@ -383,6 +397,65 @@ def precision(bench: Bench) -> Row:
     return row("precision", [b / a for a, b in pairs], [f"{ours.precision}, channels last"])
 
 
+MAPPED_BLOCK = 1440
+"""Side of a block, pixels, in the row of predict."""
+
+
+def predict_over_bare(bench: Bench) -> Row:
+    bench.passive_round(0)
+    model = of_run(str(bench.folder / "passive-0-0"))
+    settings = Settings(block=MAPPED_BLOCK**2)
+    cores = len(os.sched_getaffinity(0))
+    short, long = (_scene(bench, cores * n) for n in (1, 3))
+    more = _windows(long, model.record.tile_size, settings) - _windows(
+        short, model.record.tile_size, settings
+    )
+    net = model.network().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = np.stack([t.image for t in bench.tiles(BATCH)])
+    targets = itertools.count()
+
+    def mapped(path: Path) -> float:
+        target = str(bench.folder / f"maps-{next(targets)}")
+        return timed(lambda: predict(model, find_images(str(path)), target, settings, say=lambda _: None))
+
+    def bare(threads: int) -> float:
+        """Seconds a window, were every core as fast as these threads."""
+        torch.set_num_threads(threads)
+        x = to_device(images, np.zeros(0, np.uint8), CPU)[0]
+        times = [timed(lambda: logits(net, x, resolve_precision("auto", CPU))) for _ in range(9)]
+        return float(np.median(times[1:])) / BATCH * threads / cores
+
+    mapped(short)
+    ratios = []
+    for _ in range(3):
+        forward = min(bare(1), bare(cores))
+        ratios.append(more * forward / (mapped(long) - mapped(short)))
+    return row("predict / bare forward", ratios, [f"{more} windows of {model.record.tile_size} px"])
+
+
+def _scene(bench: Bench, blocks: int) -> Path:
+    """A GeoTIFF of so many blocks side by side, made of training tiles."""
+    import rasterio
+
+    side, path = MAPPED_BLOCK, bench.folder / f"scene-{blocks}.tif"
+    row = np.concatenate([t.image for t in bench.tiles(16)], 1)
+    repeats = -(-side // bench.side), -(-blocks * side // row.shape[1]), 1
+    pixels = np.tile(row, repeats)[:side, : blocks * side]
+    shape = {"height": side, "width": blocks * side, "count": 3, "dtype": "uint8"}
+    with rasterio.open(path, "w", driver="GTiff", tiled=True, compress="DEFLATE", **shape) as file:
+        file.write(pixels.transpose(2, 0, 1))
+    return path
+
+
+def _windows(path: Path, side: int, settings: Settings) -> int:
+    """Windows that cover an image."""
+    import rasterio
+
+    with rasterio.open(path) as file:
+        axes = (axis(size, 1.0, side, settings.overlap) for size in (file.height, file.width))
+        return math.prod(len(a.starts) for a in axes)
+
+
 def _scorers(bench: Bench, count: int) -> list[Any]:
     network = Network(ARCH, bench.classes, "auto", "cpu")
     actor: Any = ray.remote(Scorer).options(num_cpus=0.1)
@@ -536,6 +609,7 @@ ROWS: dict[str, Callable[[Bench], Row]] = {
     "two workers / one": two_workers,
     "scoring / bare forward": scoring_over_bare,
     "two scorers / one": two_scorers,
+    "predict / bare forward": predict_over_bare,
     "stream / DataLoader": stream_over_loader,
     "precision": precision,
     "augmentation": augmentation,

@@ -51,6 +51,7 @@ from raysed.errors import DataError, DivergedError, RaysedError
 from raysed.io import checkpoint
 from raysed.io.codec import encode_picture
 from raysed.io.ledger import Ledger, Manifest, choose, config_hash, selection_table, table_bytes
+from raysed.io.model import load_init, start_from
 from raysed.io.storage import Storage, digest
 from raysed.io.store import BadTile, Store
 
@@ -76,6 +77,8 @@ class Arm:
     experiment: Experiment
     epoch: int
     """Fencing token of the lease on its run directory."""
+    dataset: str
+    """Content hash of the version of the tile store that it runs on."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,7 @@ class Worker:
         self.device = ray.train.torch.get_device() if setup.device == "cuda" else torch.device("cpu")
         self.threads = self.exp.cluster.threads or max(1, node_cpus() // context.get_local_world_size())
         torch.set_num_threads(self.threads)
-        self.store = Store.open(str(self.exp.data.uri))
+        self.store = Store.open(str(self.exp.data.uri), arm.dataset)
         self.pool = self.store.split("train")
         self.candidates = labelled(self.pool)
         self.ledger = Ledger(Storage(str(self.exp.run)), arm.epoch)
@@ -247,13 +250,15 @@ class Worker:
         return not stop
 
     def _network(self) -> networks.Network:
-        """The network as the run begins it."""
-        exp, dataset = self.exp, self.store.dataset
-        spec = exp.model.encoder_weights if self.rank == 0 else None  # the others receive rank 0's weights
+        """The network as the run begins it; only rank 0's counts, the others receive its weights."""
+        exp, classes = self.exp, self.store.dataset.classes
+        spec = exp.model.encoder_weights if self.rank == 0 else None
         from_file = checkpoint.is_file_spec(spec)
-        net = networks.build(exp.model.arch, len(dataset.classes), exp.seed, None if from_file else spec)
+        net = networks.build(exp.model.arch, len(classes), exp.seed, None if from_file else spec)
         if from_file and spec:
             checkpoint.load_encoder(net.net.encoder, spec)  # type: ignore[union-attr, arg-type]
+        if exp.model.init and self.rank == 0:
+            start_from(net, load_init(exp.model), classes)
         return net
 
     def _learner(self) -> Learner:

@@ -12,7 +12,7 @@ import torch
 
 from raysed.cluster.connect import autoscaling, connect
 from raysed.cluster.cycles import labelled
-from raysed.cluster.launch import arms_of, check_data, check_run_paths
+from raysed.cluster.launch import arms_of, check_data, check_run_paths, store_of
 from raysed.cluster.room import candidates, check_sum, scorer_count
 from raysed.config import Experiment
 from raysed.core import memory, networks
@@ -41,7 +41,7 @@ def dry_run(
     Raises:
         RaysedError: what would also end the real run before it starts.
     """
-    store = Store.open(str(experiment.data.uri))
+    store = store_of(experiment, say)
     check_data(experiment, store, say)
     connect()
     check_run_paths(experiment)

@@ -30,6 +30,7 @@ from raysed.core import networks
 from raysed.core.acquisition import STRATEGIES
 from raysed.errors import RaysedError, ResourcesError, UsageError, rebuilt
 from raysed.io.ledger import Lease, Ledger, Manifest
+from raysed.io.model import init_notes, load_init
 from raysed.io.provenance import environment
 from raysed.io.storage import Storage
 from raysed.io.store import Store
@@ -84,7 +85,7 @@ def carry_out(
 ) -> int:
     """`launch` under a stopper: signals for a job, a stepper for a trial of a sweep."""
     arms = arms_of(experiment)
-    store = Store.open(str(experiment.data.uri))
+    store = store_of(experiment, say)
     check_data(experiment, store, say)
     with ExitStack() as stack:
         stack.enter_context(stopper)
@@ -92,7 +93,7 @@ def carry_out(
         for name, arm in arms:
             lease = stack.enter_context(Lease(Storage(str(arm.run))))
             Ledger(Storage(str(arm.run)), lease.epoch).open(arm, store.dataset.content_hash)
-            held.append(Arm(name, arm, lease.epoch))
+            held.append(Arm(name, arm, lease.epoch, store.dataset.content_hash))
         if _complete(arms):
             say("all cycles are committed already")
             return 0
@@ -101,6 +102,24 @@ def carry_out(
             ledger = Ledger(Storage(str(arm.run)))
             ledger.write_lines(ledger.manifests())
     return 0 if not stopper.caught or _complete(arms) else errors.EXIT_INTERRUPTED[stopper.caught]
+
+
+def store_of(experiment: Experiment, say: Callable[[str], None]) -> Store:
+    """The tile store of a run: the version that it began with, the newest if it begins or was told to change."""
+    newest = Store.open(str(experiment.data.uri))
+    runs = [Storage(str(arm.run)) for _, arm in arms_of(experiment)]
+    begun = [Ledger(run).config()[1] for run in runs if run.exists("config.json")]
+    if not begun or begun[0] == newest.dataset.content_hash or experiment.allow_config_change:
+        return newest
+    try:
+        store = Store.open(newest.storage.uri, begun[0])
+    except UsageError:
+        return newest  # another store: the ledger says what differs
+    say(
+        f"note: the run goes on with version {store.dataset.version} of the store, {len(store.index)} tiles; tiles were appended since, "
+        f"version {newest.dataset.version} has {len(newest.index)}: a new --run takes them"
+    )
+    return store
 
 
 def _complete(arms: list[tuple[str, Experiment]]) -> bool:
@@ -148,7 +167,7 @@ def _scores(experiment: Experiment) -> bool:
 
 
 def check_data(experiment: Experiment, store: Store, say: Callable[[str], None]) -> None:
-    """Prove that the experiment fits its tile store; absent classes are said."""
+    """Prove that the experiment fits its tile store; absent classes are said, and where a model it starts from differs."""
     dataset = store.dataset
     if experiment.select.strategy not in STRATEGIES:
         raise UsageError(
@@ -168,6 +187,9 @@ def check_data(experiment: Experiment, store: Store, say: Callable[[str], None])
             f"{experiment.model.arch} needs tiles of 2, 3, ... x {net.multiple} px, the store's have {dataset.tile_size}: "
             "prepare it with another --store"
         )
+    if experiment.model.init:
+        for note in init_notes(load_init(experiment.model).record, store):
+            say(note)
     for land_class, train, val in zip(
         dataset.classes, dataset.pixels["train"][1:], dataset.pixels["val"][1:], strict=True
     ):
@@ -179,10 +201,10 @@ def check_data(experiment: Experiment, store: Store, say: Callable[[str], None])
 
 
 def check_run_paths(experiment: Experiment) -> None:
-    """Refuse local data or run paths on a cluster of several nodes."""
-    places = {f"--data {experiment.data.uri}": experiment.data.uri, f"--run {experiment.run}": experiment.run}
+    """Refuse local paths of data, run or initial model on a cluster of several nodes."""
+    places = {"--data": experiment.data.uri, "--run": experiment.run, "--init": experiment.model.init}
     check_paths(
-        {shown: str(uri) for shown, uri in places.items()},
+        {f"{flag} {uri}": uri for flag, uri in places.items() if uri},
         shared=experiment.cluster.shared_filesystem,
         remedy="give an s3:// URI (or set RAYSED_DATA and RAYSED_RUN), or --cluster.shared-filesystem if all nodes see the same files",
     )

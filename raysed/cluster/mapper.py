@@ -42,7 +42,7 @@ STRIP = 1 << 24
 """Pixels of a map that are compared with labels at once."""
 REMEDY = (
     "give 8-bit RGB: gdal_translate -b 1 -b 2 -b 3 picks bands, -ot Byte -scale makes 8 bits of 16 (scale as "
-    "the training images were)"
+    "the training images were); or train on such images: jobs/prepare.py --bands --stretch"
 )
 
 
@@ -99,9 +99,14 @@ class Task:
         return [*found, image.name + image.ending]
 
 
-def open_image(image: Image, bands: int = 3) -> Raster:
-    """The raster of an image, or of a label with one band."""
-    return Raster(Storage(image.root), image.path, image.size, bands, LARGEST)
+def open_image(image: Image, task: Task) -> Raster:
+    """The raster of an image, read by the rule of training."""
+    return Raster(Storage(image.root), image.path, image.size, 3, LARGEST, rule=task.record.rule)
+
+
+def open_label(label: Image) -> Raster:
+    """The raster of a label."""
+    return Raster(Storage(label.root), label.path, label.size, 1, LARGEST)
 
 
 def grid_of(raster: Raster, task: Task) -> tuple[Axis, Axis, bool]:
@@ -151,9 +156,9 @@ def plan_image(image: Image, label: Image | None, task: Task) -> Plan:
     """
     block, layers = task.settings.block, task.settings.layers(len(task.record.classes))
     with ExitStack() as stack:
-        raster = stack.enter_context(open_image(image).opened(header=True))
+        raster = stack.enter_context(open_image(image, task).opened(header=True))
         if label:
-            truth = stack.enter_context(open_image(label, 1).opened(header=True))
+            truth = stack.enter_context(open_label(label).opened(header=True))
             if (truth.height, truth.width) != (raster.height, raster.width):
                 raise truth.bad(
                     f"has {truth.width} x {truth.height} pixels, its image {raster.width} x {raster.height}"
@@ -202,7 +207,7 @@ class BlockMapper:
             BadSource: it cannot be decoded, or the whole image holds no data.
         """
         target = Storage(self.task.target)
-        with open_image(image).opened() as raster:
+        with open_image(image, self.task).opened() as raster:
             place = Place(raster.height, raster.width, raster.wkt, raster.transform)
             rows, cols, _ = grid_of(raster, self.task)
             row, col, layers = self.map(raster, rows, cols, block)
@@ -384,7 +389,7 @@ def assemble(task: Task, image: Image, names: tuple[str, ...]) -> None:
                 ) from error
             yield row, col, maps.unpack_piece(data, f"{target.uri}/{folder}/{name}")
 
-    with open_image(image).opened(header=True) as raster:
+    with open_image(image, task).opened(header=True) as raster:
         place = Place(raster.height, raster.width, raster.wkt, raster.transform)
         if not any((piece[0] != task.record.nodata).any() for _, _, piece in pieces()):
             raise raster.bad(_EMPTY)
@@ -405,7 +410,7 @@ def count(task: Task, image: Image, label: Image) -> np.ndarray:
     path = task.outputs(image)[-1]
     counts = torch.zeros(classes, classes, dtype=torch.int64)
     with (
-        open_image(label, 1).opened() as truth,
+        open_label(label).opened() as truth,
         Raster(target, path, target.size(path), 1, LARGEST).opened() as made,
     ):
         height = max(1, STRIP // made.width)

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from raysed.core import tiles
 from raysed.core.tiles import OPENEARTHMAP
 from raysed.errors import DataError, UsageError
 from raysed.io import codec, sources, store
-from raysed.io.sources import BadSource, Layout, Raster, Source
+from raysed.io.sources import PLAIN, BadSource, Layout, Raster, Rule, Source
 from raysed.io.storage import Storage
 from raysed.io.store import BadTile
 
@@ -45,6 +45,8 @@ class Settings:
     """Side of the tiles stored; None means `tile`."""
     seed: int = 0
     """Of the synthetic world."""
+    rule: Rule = PLAIN
+    """How the images become 8-bit RGB."""
 
     def __post_init__(self) -> None:
         for name in ("resize", "tile", "store"):
@@ -116,17 +118,19 @@ def prepare(
     target: str,
     settings: Settings,
     *,
+    append: bool = False,
     bad_budget: float = 0.01,
     shared_filesystem: bool = False,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Make the store of a layout, or finish one begun.
+    """Make the store of a layout, add to one, or finish what was begun.
 
     Args:
         root: of the sources; None for the synthetic world.
         layout: what is there.
         target: URI of the store.
         settings: sizes.
+        append: add the sources that the store does not hold, by name, as new shards and a new version of its index.
         bad_budget: share of the sources that may be unusable.
         shared_filesystem: all nodes of the cluster see the same files.
         say: prints a line.
@@ -135,14 +139,17 @@ def prepare(
         tiles a split, quarantined sources, content hash, bytes of the shards, pixels dropped as remainders.
 
     Raises:
-        UsageError: the target holds a store of other input or settings.
+        UsageError: the target holds a store of other input or settings, or none to append to.
         DataError: more unusable sources than the budget allows.
     """
     storage = Storage(target)
     if not 0 <= bad_budget <= 1:
         raise UsageError(f"--bad-budget must lie in 0..1, got {bad_budget}")
-    _agree(storage, root, layout, settings)
-    if storage.exists("dataset.json"):
+    base = None
+    if append:
+        base = store.Store.open(storage.uri)
+        layout = _new_sources(base, layout, settings, say)
+    if not layout.sources or not _agree(storage, layout, settings, base):
         result = _result(storage)
         say(f"{storage.uri} is finished already: {_text(result)}")
         return result
@@ -150,14 +157,15 @@ def prepare(
     check_paths({p.uri: p.uri for p in (root, storage) if p}, shared=shared_filesystem)
     grids, bad, dropped = _grids(root, layout, settings)
     _check_budget(bad, layout, bad_budget)  # before the work, as far as it is known
-    shards = pack(grids)
+    first = _shards(base)
+    shards = dict(enumerate(pack(grids), start=first))
     done = storage.list("pieces")
     items = [
         {"part": k, "work": json.dumps([asdict(w) for w in works])}
-        for k, works in enumerate(shards)
+        for k, works in shards.items()
         if _piece(k) not in done
     ]
-    total = sum(w.last - w.first for works in shards for w in works)
+    total = sum(w.last - w.first for works in shards.values() for w in works)
     if not total:
         raise UsageError(
             f"no source gives a tile of {settings.tile} px ({len(layout.sources)} sources, {len(bad)} unusable)"
@@ -167,21 +175,30 @@ def prepare(
         "root": root.uri if root else None,
         "target": storage.uri,
         "settings": settings,
-        "lookup": tiles.label_lookup(layout.classes, layout.ignore),
+        "lookup": layout.lookup(),
+        "classes": len(layout.classes),
     }
     _make(items, arguments, say)
-    index, spoiled = _collect(storage, len(shards), len(layout.classes))
+    index, spoiled = _collect(storage, list(shards))
     quarantine = [*bad, *spoiled]
     _check_budget(quarantine, layout, bad_budget)
+    if base:
+        tried = {s.name for s in layout.sources}
+        before = pq.read_table(io.BytesIO(storage.read(base.dataset.path("quarantine.parquet"))))
+        quarantine += [BadTile(**b) for b in before.to_pylist() if b["tile_id"] not in tried]
+        index, dropped = pa.concat_tables([base.index, index]), dropped + base.dataset.dropped_pixels
     store.finish(
         storage,
-        name=layout.name,
+        name=base.dataset.name if base else layout.name,
         classes=layout.classes,
         ignore=layout.ignore,
         tile_size=settings.side,
         index=index,
         quarantine=quarantine,
         dropped_pixels=dropped,
+        rule=settings.rule,
+        remap={str(value): wanted for value, wanted in layout.remap},
+        version=base.dataset.version + 1 if base else 1,
     )
     for path in storage.list("pieces"):
         storage.remove(path)
@@ -190,14 +207,48 @@ def prepare(
     return result
 
 
+def _new_sources(base: store.Store, layout: Layout, settings: Settings, say: Callable[[str], None]) -> Layout:
+    """The part of a layout that a store does not hold; images without classes take the store's.
+
+    Raises:
+        UsageError: it would not fit the store.
+    """
+    where, dataset = base.storage.uri, base.dataset
+    if not base.storage.exists("plan.json"):
+        raise UsageError(f"{where} holds a store that was not made by prepare: nothing can be appended to it")
+    if not layout.classes:
+        remap = tuple((int(value), wanted) for value, wanted in dataset.remap.items())
+        layout = replace(layout, classes=dataset.classes, ignore=dataset.ignore, remap=remap)
+    there = json.loads(base.storage.read("plan.json"))
+    if differs := _differences(there, _plan(layout, settings), but=("layout", "sources", "listing")):
+        raise UsageError(f"{where} has other classes or settings than what is to be appended ({differs})")
+    held = set(pc.unique(base.index["source"]).to_pylist())
+    new = tuple(s for s in layout.sources if s.name not in held)
+    if len(new) < len(layout.sources):
+        name = next(s.name for s in layout.sources if s.name in held)
+        count = len(layout.sources) - len(new)
+        say(f"{count} of {len(layout.sources)} sources are in the store already ({name}): left as they are")
+    return replace(layout, sources=new)
+
+
+def _shards(base: store.Store | None) -> int:
+    """Number of the first shard that may be written."""
+    if base is None:
+        return 0
+    return 1 + max((int(p[-13:-8]) for p in pc.unique(base.index["shard"]).to_pylist()), default=-1)
+
+
 def _result(storage: Storage) -> dict[str, Any]:
     dataset = store.Store.open(storage.uri).dataset
     return {
         "tiles": dataset.tiles,
-        "quarantined": pq.read_metadata(io.BytesIO(storage.read("quarantine.parquet"))).num_rows,
+        "quarantined": pq.read_metadata(
+            io.BytesIO(storage.read(dataset.path("quarantine.parquet")))
+        ).num_rows,
         "hash": dataset.content_hash,
         "bytes": sum(storage.list("shards").values()),
         "dropped_pixels": dataset.dropped_pixels,
+        "version": dataset.version,
     }
 
 
@@ -205,45 +256,67 @@ def _text(result: dict[str, Any]) -> str:
     return (
         f"{result['tiles']['train']} training and {result['tiles']['val']} validation tiles, {result['bytes'] / 1e6:.1f} MB, "
         f"{result['quarantined']} sources quarantined, {result['dropped_pixels']} pixels of remainders dropped, "
-        f"hash {result['hash'][:12]}"
+        f"hash {result['hash'][:12]}" + (f", version {result['version']}" if result["version"] > 1 else "")
     )
 
 
-def _agree(storage: Storage, root: Storage | None, layout: Layout, settings: Settings) -> None:
-    """Write `plan.json`, or check that the one there is the same.
-
-    An unfinished store whose sources have changed since (a bad file was repaired, say) is begun anew.
-    """
+def _plan(layout: Layout, settings: Settings) -> dict[str, Any]:
+    """What determines a store, as JSON gives it back."""
     listing = hashlib.sha256(json.dumps([asdict(s) for s in layout.sources]).encode()).hexdigest()
-    plan = {
+    plan: dict[str, Any] = {
         **asdict(settings),
         "layout": layout.kind,
         "classes": [asdict(c) for c in layout.classes],
         "ignore": list(layout.ignore),
         "sources": len(layout.sources),
         "listing": listing,
+        "remap": layout.remap,
     }
+    if settings.rule == PLAIN:
+        del plan["rule"]
+    if not layout.remap:
+        del plan["remap"]
+    return json.loads(json.dumps(plan))
+
+
+def _differences(there: dict[str, Any], now: dict[str, Any], but: Sequence[str] = ()) -> str:
+    """How two plans differ, as text; empty if they do not."""
+    differs = {k: now.get(k) for k in there | now if k not in but and there.get(k) != now.get(k)}
+    if differs.pop("listing", None) and not differs:
+        differs = {"sources": "of other sizes or names"}
+    lines = [f"{k}: {there.get(k)!r} there, {v!r} now" for k, v in differs.items()]
+    return "; ".join(line if len(line) < 120 else line[:117] + "..." for line in lines)
+
+
+def _agree(storage: Storage, layout: Layout, settings: Settings, base: store.Store | None) -> bool:
+    """Write the plan, or check that the one there is the same; whether there is anything left to do.
+
+    What is unfinished and whose sources have changed since (a bad file was repaired, say) is begun anew.
+    """
+    plan = _plan(layout, settings)
     body = (json.dumps(plan, indent=1) + "\n").encode()
-    finished = storage.exists("dataset.json")
-    if finished and not storage.exists("plan.json"):
+    path = f"{store.folder(base.dataset.version + 1)}/plan.json" if base else "plan.json"
+    finished = base is None and storage.exists("dataset.json")
+    if finished and not storage.exists(path):
         raise UsageError(f"{storage.uri} holds a store that was not made by prepare: choose another --target")
-    if storage.create("plan.json", body):
-        return
-    there = json.loads(storage.read("plan.json"))
-    differs = {k: v for k, v in plan.items() if there.get(k) != v}
-    if differs and not finished and differs.keys() <= {"sources", "listing"}:
-        for path in (*storage.list("pieces"), *storage.list("shards")):
-            storage.remove(path)
-        storage.write("plan.json", body)
-        return
-    if differs:
-        if differs.pop("listing", None) and not differs:
-            differs = {"sources": "of other sizes or names"}
-        lines = [f"{k}: {there.get(k)!r} there, {v!r} now" for k, v in differs.items()]
-        shown = "; ".join(line if len(line) < 120 else line[:117] + "..." for line in lines)
+    if storage.create(path, body):
+        for stale in storage.list("pieces"):  # of a store that was killed when it was finished
+            storage.remove(stale)
+        return True
+    there = json.loads(storage.read(path))
+    if not finished and not _differences(there, plan, but=("sources", "listing")):
+        if there != plan:
+            kept = set(base.index["shard"].to_pylist()) if base else set()
+            for stale in {*storage.list("pieces"), *storage.list("shards")} - kept:
+                storage.remove(stale)
+            storage.write(path, body)
+        return True
+    if differs := _differences(there, plan):
         raise UsageError(
-            f"{storage.uri} holds a store of other input or settings ({shown}): choose another --target"
+            f"{storage.uri} holds a store of other input or settings ({differs}): choose another --target, or add new "
+            "sources to it with --append"
         )
+    return not finished
 
 
 def _grids(
@@ -257,7 +330,7 @@ def _grids(
         sizes = {s.name: (settings.resize, settings.resize) for s in present}
     elif root is not None:
         items = [{"source": json.dumps(asdict(s))} for s in present]
-        rows = list(run_tasks(read_headers, items, 16, {"root": root.uri}))
+        rows = list(run_tasks(read_headers, items, 16, {"root": root.uri, "rule": settings.rule}))
         bad += [BadTile(r["name"], r["reason"], r["sha256"]) for r in rows if "reason" in r]
         sizes = {r["name"]: (r["height"], r["width"]) for r in rows if "reason" not in r}
     grids = plan_grids([s for s in present if s.name in sizes], sizes, settings.tile)
@@ -272,13 +345,13 @@ def plan_grids(
     return [(s, *tiles.grid(*sizes[s.name], tile)) for s in sorted(present, key=lambda s: s.name)]
 
 
-def read_headers(batch: dict[str, np.ndarray], root: str) -> list[dict[str, Any]]:
+def read_headers(batch: dict[str, np.ndarray], root: str, rule: Rule) -> list[dict[str, Any]]:
     """INPUT: sources.  OUTPUT: name and height, width, or reason, sha256."""
     found: list[dict[str, Any]] = []
     for text in batch["source"]:
         source = Source(**json.loads(text))
         try:
-            height, width = sources.size(Storage(root), source)
+            height, width = sources.size(Storage(root), source, rule)
             found.append({"name": source.name, "height": height, "width": width})
         except BadSource as error:
             found.append({"name": source.name, "reason": str(error), "sha256": error.sha256})
@@ -286,7 +359,13 @@ def read_headers(batch: dict[str, np.ndarray], root: str) -> list[dict[str, Any]
 
 
 def write_parts(
-    batch: dict[str, np.ndarray], root: str | None, target: str, settings: Settings, lookup: np.ndarray
+    batch: dict[str, np.ndarray],
+    *,
+    root: str | None,
+    target: str,
+    settings: Settings,
+    lookup: np.ndarray,
+    classes: int,
 ) -> list[dict[str, int]]:
     """INPUT: shards to make.  OUTPUT: tiles written; the shard and its piece of the index are in the target then."""
     storage, made = Storage(target), []
@@ -296,7 +375,7 @@ def write_parts(
         for fields in json.loads(text):
             work = Work(**{**fields, "source": Source(**fields["source"])})
             try:
-                rows += list(_cut(Storage(root) if root else None, work, settings, lookup))
+                rows += list(_cut(Storage(root) if root else None, work, settings, lookup, classes))
             except BadSource as error:
                 bad.append(BadTile(work.source.name, str(error), error.sha256))
         piece = (
@@ -316,7 +395,7 @@ def _piece(part: int) -> str:
 
 
 def _cut(
-    root: Storage | None, work: Work, settings: Settings, lookup: np.ndarray
+    root: Storage | None, work: Work, settings: Settings, lookup: np.ndarray, classes: int
 ) -> Iterator[dict[str, Any]]:
     source, tile, side = work.source, settings.tile, settings.side
     with _pixels(root, source, settings) as pixels:
@@ -334,7 +413,7 @@ def _cut(
                 "row": row,
                 "col": col,
                 "split": source.split,
-                "pixels": None if stored is None else tiles.pixel_counts(stored, int(lookup.max())).tolist(),
+                "pixels": None if stored is None else tiles.pixel_counts(stored, classes).tolist(),
                 "crs": pixels.crs,
                 "transform": pixels.transform and _moved(pixels.transform, row * side, col * side, scale),
                 "scale": scale,
@@ -392,7 +471,9 @@ def _pixels(root: Storage | None, source: Source, settings: Settings) -> Iterato
         yield _Pixels(None, None, (made.image, made.label))
         return
     with ExitStack() as stack:
-        image = stack.enter_context(Raster(root, source.image, source.image_bytes, 3).opened())
+        image = stack.enter_context(
+            Raster(root, source.image, source.image_bytes, 3, rule=settings.rule).opened()
+        )
         label = (
             stack.enter_context(Raster(root, source.label, source.label_bytes, 1).opened())
             if source.label
@@ -434,9 +515,9 @@ def _make(items: list[dict[str, Any]], arguments: dict[str, Any], say: Callable[
             )
 
 
-def _collect(storage: Storage, shards: int, classes: int) -> tuple[pa.Table, list[BadTile]]:
+def _collect(storage: Storage, shards: Sequence[int]) -> tuple[pa.Table, list[BadTile]]:
     """The index of all pieces without the tiles of sources that went bad, and those sources."""
-    pieces = [pq.read_table(io.BytesIO(storage.read(_piece(k)))) for k in range(shards)]
+    pieces = [pq.read_table(io.BytesIO(storage.read(_piece(k)))) for k in shards]
     bad = {b["tile_id"]: BadTile(**b) for p in pieces for b in json.loads(p.schema.metadata[b"bad"])}
     index = pa.concat_tables([store.INDEX.empty_table(), *(p.cast(store.INDEX) for p in pieces)])
     gone = pa.array(sorted(bad), pa.string())
@@ -446,6 +527,8 @@ def _collect(storage: Storage, shards: int, classes: int) -> tuple[pa.Table, lis
 def _check_budget(quarantine: list[BadTile], layout: Layout, budget: float) -> None:
     if len(quarantine) > budget * len(layout.sources):
         shown = "; ".join(f"{b.tile_id}: {b.reason}" for b in quarantine[:3])
+        remedy = "; --bands picks bands, --stretch makes 8 bits of 16" if " bands of " in shown else ""
         raise DataError(
-            f"{len(quarantine)} of {len(layout.sources)} sources are unusable, --bad-budget allows {budget:g} of them ({shown})"
+            f"{len(quarantine)} of {len(layout.sources)} sources are unusable, --bad-budget allows {budget:g} of them "
+            f"({shown}){remedy}"
         )

@@ -13,6 +13,10 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
+HEADS = ("head.", "segmentation_head.")
+"""Where names of the tensors begin that depend on the classes: of `UNet`, of segmentation-models-pytorch."""
+
+
 class UNet(nn.Module):
     """The classic U-Net (Ronneberger et al. 2015) with same padding and batch norm; about 31 million parameters.
 

@@ -39,8 +39,8 @@ FORMAT = 2
 KEEP_EVERY = 10
 """Weights of every tenth cycle are kept, besides those of the newest two; optimiser state of the newest two only."""
 _NEEDED = ("model.safetensors", "optimizer.safetensors", "state.json")
-MAY_CHANGE = ("run", "cluster.", "data.", "baseline", "allow_config_change")
-"""Fields that may differ when a run is continued; the data set is compared by its content hash instead."""
+MAY_CHANGE = ("run", "cluster.", "data.", "model.init", "baseline", "allow_config_change")
+"""Fields that may differ when a run is continued; data set and initial model are compared by their hashes instead."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ network but those that begin with an underscore, so what raysed needs stands und
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raysed.core.networks import ENCODERS, Network, build
+from raysed.config import ModelConfig
+from raysed.core.networks import ENCODERS, HEADS, Network, build
 from raysed.core.tiles import LandClass
 from raysed.errors import DataError, UsageError
 from raysed.io import checkpoint
 from raysed.io.ledger import Ledger, Manifest, folder
-from raysed.io.sources import ground_size
+from raysed.io.sources import PLAIN, Rule, ground_size
 from raysed.io.storage import Storage, digest
 from raysed.io.store import Store
 
@@ -58,6 +60,8 @@ class Record:
     """The run's configuration."""
     environment: dict[str, Any] = field(default_factory=dict)
     """Versions and commit that the cycle was trained with."""
+    rule: Rule = PLAIN
+    """How the images trained on became 8-bit RGB; those to be mapped become so too."""
 
     @property
     def nodata(self) -> int:
@@ -87,8 +91,9 @@ class Record:
             fields["classes"] = tuple(LandClass(**c) for c in fields["classes"])
             for name in ("ignore", "scale", "mean", "std"):
                 fields[name] = tuple(fields[name])
+            fields["rule"] = Rule.of(fields.get("rule", {}))
             return cls(**fields)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, UsageError) as error:
             raise DataError(
                 f"{where}: not a raysed model description ({type(error).__name__}: {error})"
             ) from error
@@ -113,12 +118,18 @@ class Model:
         try:
             network.net.load_state_dict(self.weights)
         except RuntimeError as error:
-            raise DataError(
-                f"the weights do not fit {record.arch}: {str(error).splitlines()[-1].strip()}"
-            ) from error
-        for name in ("mean", "std"):
-            getattr(network, name).copy_(torch.tensor(getattr(record, name)).reshape(3, 1, 1))
+            raise DataError(_misfit(record.arch, error)) from error
+        _set_scaling(network, record)
         return network.eval()
+
+
+def _misfit(arch: str, error: RuntimeError) -> str:
+    return f"the weights do not fit {arch}: {str(error).splitlines()[-1].strip()}"
+
+
+def _set_scaling(network: Network, record: Record) -> None:
+    for name in ("mean", "std"):
+        getattr(network, name).copy_(torch.tensor(getattr(record, name)).reshape(3, 1, 1))
 
 
 def smp_encoder(arch: str) -> str | None:
@@ -135,7 +146,10 @@ def load(uri: str) -> Model:
     """
     storage = Storage(uri)
     try:
-        record = Record.from_json(storage.read(CONFIG), f"{storage.uri}/{CONFIG}")
+        text = storage.read(CONFIG)
+        if b'"configs"' in text and not storage.exists(WEIGHTS):
+            raise UsageError(f"{storage.uri} is a run: make a model folder of it with jobs/export.py")
+        record = Record.from_json(text, f"{storage.uri}/{CONFIG}")
         data = storage.read(WEIGHTS)
     except FileNotFoundError as error:
         raise UsageError(f"{storage.uri} is no model folder ({CONFIG} or {WEIGHTS} is missing)") from error
@@ -144,6 +158,64 @@ def load(uri: str) -> Model:
             f"{storage.uri}/{WEIGHTS} does not have the sha256 that {CONFIG} says: export it anew"
         )
     return Model(record, checkpoint.unpack(data, f"{storage.uri}/{WEIGHTS}"))
+
+
+def load_init(config: ModelConfig) -> Model:
+    """The model that a run starts from.
+
+    Raises:
+        UsageError: no such folder, another architecture, or other weights than those the run is said to start from.
+        DataError: a damaged model.
+    """
+    found = load(str(config.init))
+    where, record = Storage(str(config.init)).uri, found.record
+    if record.arch != config.arch:
+        raise UsageError(
+            f"--init {where} is a model of {record.arch}, --arch says {config.arch}: give --arch {record.arch}, or another model"
+        )
+    if config.sha256 not in (None, record.sha256):
+        raise UsageError(
+            f"--init {where} holds weights {record.sha256[:12]}, model.sha256 says {config.sha256[:12]}: give the model that it "
+            "was, or --model.sha256 none"
+        )
+    return found
+
+
+def start_from(network: Network, model: Model, classes: tuple[LandClass, ...]) -> None:
+    """Give a fresh network of the same architecture the weights of a model; with other classes its last layer stays fresh."""
+    kept = model.weights
+    if not same_classes(model.record, classes):
+        kept = {n: t for n, t in kept.items() if not n.startswith(HEADS)}
+    try:
+        network.net.load_state_dict({**network.net.state_dict(), **kept})
+    except RuntimeError as error:
+        raise DataError(_misfit(model.record.arch, error)) from error
+    _set_scaling(network, model.record)
+
+
+def same_classes(record: Record, classes: tuple[LandClass, ...]) -> bool:
+    """Whether the classes have the same names in the same order: then the last layer means the same."""
+    return [c.name for c in record.classes] == [c.name for c in classes]
+
+
+def init_notes(record: Record, store: Store) -> list[str]:
+    """What differs between a model and the tile store that a run takes it to, one line each."""
+    notes = []
+    classes, rule = store.dataset.classes, store.dataset.rule
+    if not same_classes(record, classes):
+        was, now = (", ".join(c.name for c in some) for some in (record.classes, classes))
+        notes.append(f"the classes were {was} and are {now}: the last layer begins anew")
+    scale, metres = _scale(store)
+    sizes = [(a, b, "source pixels") for a, b in zip(record.scale, scale, strict=True)]
+    if record.metres is not None and metres is not None:
+        sizes = [(record.metres, metres, "m")]
+    for before, here, unit in sizes:
+        if not math.isclose(before, here, rel_tol=0.01):
+            notes.append(f"it was trained on {before:.3g} {unit} a pixel, the store has {here:.3g}")
+            break
+    if rule != record.rule:
+        notes.append(f"it was trained on {record.rule}, the store was made with {rule}")
+    return [f"note: --init: {note}" for note in notes]
 
 
 def load_any(uri: str, cycle: int | None = None, data: str | None = None) -> Model:
@@ -181,12 +253,7 @@ def of_run(uri: str, cycle: int | None = None, data: str | None = None) -> Model
     ledger = Ledger(Storage(uri))
     manifest, data_of_weights = _weights(ledger, cycle)
     experiment, dataset_hash = ledger.config(manifest.cycle)
-    store = Store.open(data or str(experiment.data.uri))
-    if store.dataset.content_hash != dataset_hash:
-        raise UsageError(
-            f"{store.storage.uri} holds data set {store.dataset.content_hash[:12]}, {ledger.storage.uri} ran on "
-            f"{dataset_hash[:12]}: give its store with --data"
-        )
+    store = Store.open(data or str(experiment.data.uri), dataset_hash)
     state = checkpoint.unpack(data_of_weights, f"{folder(manifest.cycle)}/{WEIGHTS}")
     weights = {n.removeprefix("net."): t for n, t in state.items() if n.startswith("net.")}
     scale, metres = _scale(store)
@@ -206,6 +273,7 @@ def of_run(uri: str, cycle: int | None = None, data: str | None = None) -> Model
         metrics={k: v for k, v in manifest.record["val"].items() if k != "counts"},
         experiment={**experiment.to_dict(), "run": ledger.storage.uri},
         environment=manifest.record.get("environment", {}),
+        rule=store.dataset.rule,
     )
     return Model(record, weights)
 

@@ -12,14 +12,14 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
-from raysed.core.tiles import OPENEARTHMAP, LandClass, check_id, region_of
+from raysed.core.tiles import OPENEARTHMAP, LandClass, check_id, label_lookup, region_of
 from raysed.errors import StorageError, UsageError
 from raysed.io.storage import Storage
 
@@ -46,6 +46,67 @@ _MAGIC = {
     b"\0\0\0\x0cjP": "JPEG 2000",
     b"<": "text",
 }
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How an image of other bands or of 16 bits becomes 8-bit RGB; the plain rule takes 8-bit RGB and nothing else."""
+
+    bands: tuple[int, int, int] | None = None
+    """Numbers of the bands that are red, green and blue, counted from 1; None takes the three of an image of three."""
+    stretch: tuple[int, int] | None = None
+    """Values of a 16-bit image that become 0 and 255, linearly and clipped; None takes an image of 8 bits."""
+
+    def __post_init__(self) -> None:
+        if self.bands is not None and (len(self.bands) != 3 or min(self.bands) < 1):
+            raise UsageError(f"--bands must be three numbers from 1 on, such as 3,2,1, got {self.bands}")
+        if self.stretch is not None and (
+            len(self.stretch) != 2 or not 0 <= self.stretch[0] < self.stretch[1] <= 65535
+        ):
+            raise UsageError(
+                f"--stretch must be two rising values of 0..65535, such as 0,3000, got {self.stretch}"
+            )
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> "Rule":
+        """From its JSON."""
+        return cls(**{name: values and tuple(values) for name, values in fields.items()})
+
+    @property
+    def kind(self) -> str:
+        """Type of a pixel that it takes."""
+        return "uint16" if self.stretch else "uint8"
+
+    def takes(self, bands: int) -> bool:
+        """Whether it takes an image of so many bands."""
+        return bands >= max(self.bands) if self.bands else bands == 3
+
+    def pick(self, pixels: np.ndarray) -> np.ndarray:
+        """(H, W) or (H, W, bands) to (H, W, 3) of the same type."""
+        if self.bands is None:
+            return pixels
+        bands = pixels if pixels.ndim == 3 else pixels[..., None]
+        return bands[..., [b - 1 for b in self.bands]]
+
+    def to_bytes(self, pixels: np.ndarray) -> np.ndarray:
+        """Values to uint8, of any shape."""
+        if self.stretch is None:
+            return pixels
+        low, high = self.stretch
+        table = np.rint(np.clip((np.arange(1 << 16) - low) / (high - low), 0, 1) * 255).astype(np.uint8)
+        out = np.empty(pixels.shape, np.uint8)
+        for part, values in zip(out, pixels, strict=True):  # looking up makes 8 bytes of every value
+            part[...] = table[values]
+        return out
+
+    def __str__(self) -> str:
+        """As the flags of prepare."""
+        flags = {"--bands": self.bands, "--stretch": self.stretch}
+        said = [f"{k} {','.join(map(str, v))}" for k, v in flags.items() if v]
+        return " ".join(said) or "8-bit RGB"
+
+
+PLAIN = Rule()
 
 
 class BadSource(Exception):
@@ -89,6 +150,18 @@ class Layout:
     ignore: tuple[int, ...]
     sources: tuple[Source, ...]
     """Sorted by name; a listed image that is not there is among them."""
+    remap: tuple[tuple[int, int | None], ...] = ()
+    """(value in the label files, id of its class or None for void) by value; empty: values are ids."""
+
+    def lookup(self) -> np.ndarray:
+        """(256,) int16 from a value in the label files to the stored label: 1..C, 0 for void, -1 for unknown values."""
+        table = label_lookup(self.classes, self.ignore)
+        if not self.remap:
+            return table
+        found = np.full(256, -1, np.int16)
+        for value, wanted in self.remap:
+            found[value] = 0 if wanted is None else table[wanted]
+        return found
 
 
 def find(storage: Storage, classes_file: str | None = None) -> Layout:
@@ -192,11 +265,23 @@ def _classes(
     storage: Storage, paths: dict[str, int], classes_file: str | None
 ) -> tuple[str, tuple[LandClass, ...], tuple[int, ...]] | None:
     if classes_file:
-        where, data = classes_file, _local(classes_file)
+        where, data = classes_file, _local("--classes", classes_file)
     elif "classes.json" in paths:
         where, data = f"{storage.uri}/classes.json", storage.read("classes.json")
     else:
         return None
+    name, classes, ignore, _ = _class_list(data, where)
+    return name or "folder", classes, ignore
+
+
+def _class_list(
+    data: bytes, where: str
+) -> tuple[str | None, tuple[LandClass, ...], tuple[int, ...], dict[str, Any]]:
+    """Name, classes and ignored ids of a `classes.json`, and all of its fields.
+
+    Raises:
+        UsageError: it is none.
+    """
     try:
         fields = json.loads(data)
         classes = tuple(LandClass(c["name"], c["color"], int(c["id"])) for c in fields["classes"])
@@ -204,17 +289,63 @@ def _classes(
         ids = [c.source_id for c in classes] + list(ignore)
         if len(set(ids)) < len(ids) or not classes or not all(0 <= i <= 255 for i in ids):
             raise ValueError(f"class and ignore ids must be different and in 0..255, got {ids}")
-        return str(fields.get("name", "folder")), classes, ignore
-    except (ValueError, KeyError, TypeError) as error:
+        return fields.get("name"), classes, ignore, fields
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{where}: not a class list ({type(error).__name__}: {error})") from error
 
 
-def _local(path: str) -> bytes:
+def remapped(layout: Layout, file: str) -> Layout:
+    """A layout whose labels become other classes.
+
+    Args:
+        layout: of a source with classes.
+        file: path of a `classes.json` of the classes wanted, on this machine, with `map` beside them: for each class of the
+            source, by name or id, the name or id of the class that it becomes, or "ignore".
+
+    Raises:
+        UsageError: no such file, a class of the source that is left out, or a class that neither side has.
+    """
+    name, classes, ignore, fields = _class_list(_local("--remap", file), file)
+    if not layout.classes:
+        raise UsageError(f"--remap {file}: the source has no classes to map (no labels, no classes.json)")
+    wanted = fields.get("map")
+    if not isinstance(wanted, dict):
+        raise UsageError(f'{file}: "map" must say what each class of the source becomes')
+    found: dict[int, int | None] = dict.fromkeys(layout.ignore)
+    for key, value in wanted.items():
+        here = _known(key, layout.classes, f"{file}: map names {key!r}, the source's classes are")
+        if here in found:
+            raise UsageError(f"{file}: map names class {here} of the source twice")
+        there = f"{file}: map makes {key!r} {value!r}, the classes wanted are"
+        found[here] = None if value == "ignore" else _known(value, classes, there)
+    if missing := [c.name for c in layout.classes if c.source_id not in found]:
+        raise UsageError(
+            f'{file}: map leaves out {", ".join(missing)}: say the class that it becomes, or "ignore"'
+        )
+    return replace(
+        layout,
+        name=name or layout.name,
+        classes=classes,
+        ignore=ignore,
+        remap=tuple(sorted(found.items(), key=lambda pair: pair[0])),
+    )
+
+
+def _known(named: Any, classes: Sequence[LandClass], otherwise: str) -> int:
+    """Id of the class of a name or an id."""
+    for key in ("name", "source_id"):
+        for c in classes:
+            if str(getattr(c, key)) == str(named):
+                return c.source_id
+    raise UsageError(f"{otherwise} {', '.join(f'{c.source_id} {c.name}' for c in classes)}")
+
+
+def _local(flag: str, path: str) -> bytes:
     try:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
-        raise UsageError(f"--classes {path}: {error.strerror}") from error
+        raise UsageError(f"{flag} {path}: {error.strerror}") from error
 
 
 class _Ranged(io.RawIOBase):
@@ -262,15 +393,24 @@ class Raster:
         size: of the file, bytes; None if it is missing.
         bands: 3 for an image, 1 for a label.
         limit: pixels of a GeoTIFF.
+        rule: how an image becomes 8-bit RGB.
     """
 
     height: int
     width: int
 
     def __init__(
-        self, storage: Storage, path: str, size: int | None, bands: int, limit: int = MAX_WINDOWED
+        self,
+        storage: Storage,
+        path: str,
+        size: int | None,
+        bands: int,
+        limit: int = MAX_WINDOWED,
+        *,
+        rule: Rule = PLAIN,
     ) -> None:
         self.storage, self.path, self.size, self.bands, self.limit = storage, path, size, bands, limit
+        self.rule = rule
         self.crs: str | None = None
         self.wkt: str | None = None
         """The CRS in full: an EPSG code can be the nearest one only."""
@@ -352,13 +492,20 @@ class Raster:
         self._storage_held()
         self.width, self.height = self._image.size
         mode, names = self._image.mode, self._image.getbands()
-        self._check(len(names), {"uint8" if mode in ("RGB", "RGBA", "L", "P", "LA") else mode}, MAX_WHOLE)
+        kind = "uint8" if mode in ("RGB", "RGBA", "L", "LA") or (mode, self.bands) == ("P", 1) else mode
+        self._check(len(names), {"uint16" if mode == "I;16" else kind}, MAX_WHOLE)
 
     def _check(self, bands: int, kinds: set[str], limit: int) -> None:
         if self.height * self.width > limit:
             raise self.bad(f"has {self.width} x {self.height} pixels, at most {limit} are read")
-        if bands != self.bands or kinds != {"uint8"}:
-            raise self.bad(f"has {bands} bands of {', '.join(sorted(kinds))}, expected {self.bands} of uint8")
+        image = self.bands == 3
+        kind = self.rule.kind if image else "uint8"
+        if kinds != {kind} or not (self.rule.takes(bands) if image else bands == self.bands):
+            least = f"at least {max(self.rule.bands)}" if image and self.rule.bands else self.bands
+            rule = f" ({self.rule})" if image and self.rule != PLAIN else ""
+            raise self.bad(
+                f"has {bands} bands of {', '.join(sorted(kinds))}, expected {least} of {kind}{rule}"
+            )
 
     def read(self, row: int, col: int, height: int, width: int) -> np.ndarray:
         """(height, width, 3) or (height, width) uint8 window.
@@ -372,7 +519,8 @@ class Raster:
         if self._whole is None:
             try:
                 self._image.load()
-                self._whole = np.asarray(self._image)
+                whole = np.asarray(self._image)
+                self._whole = self.rule.to_bytes(self.rule.pick(whole)) if self.bands == 3 else whole
             except Exception as error:  # truncated or corrupt pixel data, of whatever kind
                 raise self.bad(f"cannot be decoded ({_line(error)})") from error
         return np.ascontiguousarray(self._whole[row : row + height, col : col + width])
@@ -381,12 +529,17 @@ class Raster:
         from rasterio.errors import RasterioError
         from rasterio.windows import Window
 
+        wanted = self.rule.bands if self.bands == 3 else None
         try:
-            found = self._tiff.read(window=Window(col, row, width, height))
+            found = self._tiff.read(indexes=wanted, window=Window(col, row, width, height))
         except RasterioError as error:
             raise self.bad(f"cannot be decoded ({_line(error.__cause__ or error)})") from error
         self._storage_held()
-        return np.ascontiguousarray(found.transpose(1, 2, 0)) if self.bands == 3 else found[0]
+        return (
+            np.ascontiguousarray(self.rule.to_bytes(found).transpose(1, 2, 0))
+            if self.bands == 3
+            else found[0]
+        )
 
     def valid(self, row: int, col: int, height: int, width: int) -> np.ndarray:
         """(height, width) bool: False where the file says that there is no data.
@@ -428,13 +581,13 @@ class Raster:
             raise failure
 
 
-def size(storage: Storage, source: Source) -> tuple[int, int]:
+def size(storage: Storage, source: Source, rule: Rule) -> tuple[int, int]:
     """(height, width) of a source, from its header.
 
     Raises:
         BadSource: it cannot be used.
     """
-    with Raster(storage, source.image, source.image_bytes, 3).opened(header=True) as image:
+    with Raster(storage, source.image, source.image_bytes, 3, rule=rule).opened(header=True) as image:
         return image.height, image.width
 
 

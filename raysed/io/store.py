@@ -4,6 +4,8 @@
     index.parquet               every tile without its pixels, with the byte range of its image and label
     quarantine.parquet          what could not be used, and why
     dataset.json                classes, counts, content hash; written last, so a store without it is unfinished
+    versions/0002/              index.parquet and quarantine.parquet of a store that tiles were appended to, with version 2;
+                                dataset.json of the versions before the newest: what a run has used stays readable
 
 A selection is fetched by ranged reads at the index's offsets and checked against its sha256.
 """
@@ -14,7 +16,7 @@ import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +26,7 @@ import pyarrow.parquet as pq
 from raysed.core.tiles import LandClass, check_id
 from raysed.errors import DataError, UsageError
 from raysed.io import codec
+from raysed.io.sources import PLAIN, Rule
 from raysed.io.storage import Storage
 
 FORMAT = 1
@@ -103,7 +106,17 @@ class Dataset:
     """sha256 over ids, splits and tile hashes in order of id, and the classes."""
     dropped_pixels: int = 0
     """Pixels of the (resized) sources that no whole window covered."""
+    rule: Rule = PLAIN
+    """How the sources became 8-bit RGB."""
+    remap: dict[str, int | None] = field(default_factory=dict)
+    """Id of the class that a value in the label files became, None for void; empty: values are ids."""
+    version: int = 1
+    """One more each time that tiles were appended."""
     format: int = FORMAT
+
+    def path(self, name: str) -> str:
+        """Path of `index.parquet` or `quarantine.parquet` of this version."""
+        return name if self.version == 1 else f"{folder(self.version)}/{name}"
 
     def to_json(self) -> bytes:
         return (json.dumps(asdict(self), indent=1) + "\n").encode()
@@ -118,11 +131,17 @@ class Dataset:
                 )
             fields["classes"] = tuple(LandClass(**c) for c in fields["classes"])
             fields["ignore"] = tuple(fields["ignore"])
+            fields["rule"] = Rule.of(fields.get("rule", {}))
             return cls(**fields)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, UsageError) as error:
             raise DataError(
                 f"{where}: not a raysed data set description ({type(error).__name__}: {error})"
             ) from error
+
+
+def folder(version: int) -> str:
+    """Folder of what belongs to a version only."""
+    return f"versions/{version:04d}"
 
 
 def write_shard(storage: Storage, path: str, tiles: Sequence[dict]) -> pa.Table:
@@ -145,9 +164,9 @@ def write_shard(storage: Storage, path: str, tiles: Sequence[dict]) -> pa.Table:
     storage.write(path, data)
     located = _locate(data)
     piece = table.select(light)
-    for field in list(INDEX)[len(_FIELDS) :]:
-        values = [path] * len(rows) if field.name == "shard" else [at[field.name] for at in located]
-        piece = piece.append_column(field, pa.array(values, field.type))
+    for column in list(INDEX)[len(_FIELDS) :]:
+        values = [path] * len(rows) if column.name == "shard" else [at[column.name] for at in located]
+        piece = piece.append_column(column, pa.array(values, column.type))
     return piece
 
 
@@ -188,6 +207,9 @@ def finish(
     index: pa.Table,
     quarantine: Iterable[BadTile] = (),
     dropped_pixels: int = 0,
+    rule: Rule = PLAIN,
+    remap: dict[str, int | None] | None = None,
+    version: int = 1,
 ) -> Dataset:
     """Write quarantine, index and, last, `dataset.json` of a store whose shards are written."""
     index = index.cast(INDEX).sort_by("tile_id")
@@ -196,6 +218,8 @@ def finish(
     if twice:
         raise DataError(f"{storage.uri}: tile id {twice[0]} occurs twice: source names must be unique")
     digest = hashlib.sha256(json.dumps([asdict(c) for c in classes]).encode() + f"/{tile_size}\n".encode())
+    if remap:
+        digest.update(json.dumps(remap).encode())
     for line in zip(ids, index["split"].to_pylist(), index["sha256"].to_pylist(), strict=True):
         digest.update("\t".join(line).encode() + b"\n")
     splits = {s: index.filter(pc.equal(index["split"], s)) for s in ("train", "val")}
@@ -208,12 +232,17 @@ def finish(
         pixels={s: _total_pixels(t, len(classes)) for s, t in splits.items()},
         content_hash=digest.hexdigest(),
         dropped_pixels=dropped_pixels,
+        rule=rule,
+        remap=remap or {},
+        version=version,
     )
     bad = pa.Table.from_pylist([asdict(b) for b in quarantine], schema=QUARANTINE).sort_by("tile_id")
     for path, table in (("quarantine.parquet", bad), ("index.parquet", index)):
         out = io.BytesIO()
         pq.write_table(table, out, compression="ZSTD")
-        storage.write(path, out.getvalue())
+        storage.write(dataset.path(path), out.getvalue())
+    if version > 1:
+        storage.write(f"{folder(version - 1)}/dataset.json", storage.read("dataset.json"))
     storage.write("dataset.json", dataset.to_json())
     return dataset
 
@@ -221,6 +250,10 @@ def finish(
 def _total_pixels(index: pa.Table, classes: int) -> list[int]:
     rows = [p for p in index["pixels"].to_pylist() if p is not None]
     return np.sum(np.array(rows, np.int64).reshape(-1, classes + 1), axis=0).tolist()
+
+
+def _dataset(storage: Storage, path: str) -> Dataset:
+    return Dataset.from_json(storage.read(path), f"{storage.uri}/{path}")
 
 
 @dataclass(frozen=True)
@@ -233,21 +266,38 @@ class Store:
     """Rows of `INDEX`, sorted by tile_id."""
 
     @classmethod
-    def open(cls, uri: str) -> "Store":
+    def open(cls, uri: str, content_hash: str | None = None) -> "Store":
         """Open the store at a URI.
 
+        Args:
+            uri: of the store.
+            content_hash: of the version wanted; None takes the newest.
+
         Raises:
-            UsageError: nothing there, or unfinished.
+            UsageError: nothing there, unfinished, or no version of that hash.
             DataError: another format.
         """
         storage = Storage(uri)
         try:
-            dataset = Dataset.from_json(storage.read("dataset.json"), f"{storage.uri}/dataset.json")
-            index = pq.read_table(io.BytesIO(storage.read("index.parquet")), schema=INDEX)
+            dataset = _dataset(storage, "dataset.json")
         except FileNotFoundError as error:
             raise UsageError(
                 f"no finished tile store at {storage.uri} (no dataset.json): make one with jobs/prepare.py --target {uri}"
             ) from error
+        newest, path = dataset, "dataset.json"
+        try:
+            while content_hash is not None and dataset.content_hash != content_hash:
+                if dataset.version == 1:
+                    raise UsageError(
+                        f"{storage.uri} holds data set {newest.content_hash[:12]} and no version with {content_hash[:12]}, which "
+                        "the run used: give its store with --data"
+                    )
+                path = f"{folder(dataset.version - 1)}/dataset.json"
+                dataset = _dataset(storage, path)
+            path = dataset.path("index.parquet")
+            index = pq.read_table(io.BytesIO(storage.read(path)), schema=INDEX)
+        except FileNotFoundError as error:
+            raise DataError(f"{storage.uri}/{path} is missing: the store is damaged") from error
         return cls(storage, dataset, index)
 
     def split(self, name: str) -> pa.Table:

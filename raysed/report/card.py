@@ -28,6 +28,7 @@ def card(record: Record, onnx_difference: float | None = None) -> str:
         f"Weights after cycle {record.cycle} of a raysed run ({record.experiment['select']['strategy']} selection, "
         f"seed {record.experiment['seed']}), commit {environment.get('commit', 'unknown')}.",
         "",
+        *_origin(record),
         "## Input",
         "",
         f"RGB, 8 bits; tiles of {record.tile_size} px.  A tile pixel is {_number(record.scale[0])} x {_number(record.scale[1])} source pixels"
@@ -83,6 +84,13 @@ def card(record: Record, onnx_difference: float | None = None) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _origin(record: Record) -> list[str]:
+    model = record.experiment.get("model", {})
+    if not model.get("init"):
+        return []
+    return [f"The run started from the model with weights {model['sha256'][:12]} (`{model['init']}`).", ""]
 
 
 def _smp(record: Record) -> str:

@@ -215,7 +215,7 @@ def _bars(arms: figures.Arms) -> str:
 
 def _store(summary: dict[str, Any]) -> tuple[Store | None, str]:
     try:
-        return Store.open(str(summary["config"]["data"]["uri"])), ""
+        return Store.open(str(summary["config"]["data"]["uri"]), summary["dataset_hash"]), ""
     except RaysedError as error:
         return None, f"The tile store cannot be read ({error}): what needs it is left out."
 

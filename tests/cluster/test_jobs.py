@@ -1,14 +1,16 @@
 """The jobs as a user runs them: processes, exit codes, one line an error; killed and continued."""
 
 import json
+import shutil
 import signal
 
 import pytest
 from processes import FAST, error_line, kill_at, run, start
+from safetensors.torch import load, save
 
 from raysed.cluster.local import terminated
 from raysed.io.ledger import Ledger, difference, verify
-from raysed.io.storage import Storage
+from raysed.io.storage import Storage, digest
 from raysed.io.store import Store
 
 pytestmark = pytest.mark.ray
@@ -143,6 +145,36 @@ def test_two_arms_make_a_summary_and_a_report(small_store, tmp_path):
     assert "select.strategy: 'entropy' there, 'uniform' now" in error_line(refused)
 
 
+@pytest.mark.timeout(900)
+def test_both_arms_start_from_an_exported_model_and_only_from_that_one(small_store, tmp_path):
+    flags = ["--data", small_store, *FAST, "--cycles", "1"]
+    run("train", *flags, "--run", str(tmp_path / "first"))
+    models = [str(tmp_path / name) for name in ("model", "other")]
+    run("export", str(tmp_path / "first"), "--target", models[0])
+    shutil.copytree(models[0], models[1])
+    fields = json.loads((tmp_path / "other/config.json").read_text())
+    weights = load((tmp_path / "other/model.safetensors").read_bytes())
+    (tmp_path / "other/model.safetensors").write_bytes(save({n: t + 1 for n, t in weights.items()}))
+    fields["_raysed"]["sha256"] = digest((tmp_path / "other/model.safetensors").read_bytes())
+    (tmp_path / "other/config.json").write_text(json.dumps(fields))
+    tuned = [*("--data", small_store, "--run", str(tmp_path / "tuned"), "--cycles", "2"), *FAST[2:]]
+    kill_at("train@1", "active", *tuned, "--baseline", "--init", models[0])
+    refused = run("active", *tuned, "--baseline", "--init", models[1], code=2)
+    assert "model.sha256: " in error_line(refused)
+    moved = str(tmp_path / "moved")
+    shutil.move(models[0], moved)
+    run("active", *tuned, "--baseline", "--init", moved)
+    before = Ledger(Storage(str(tmp_path / "first")))
+    firsts = [Ledger(Storage(str(tmp_path / p))) for p in ("tuned", "tuned/baseline")]
+    sha = json.loads((tmp_path / "moved/config.json").read_text())["_raysed"]["sha256"]
+    for ledger in firsts:
+        experiment, _ = ledger.config()
+        assert (experiment.model.sha256, experiment.model.arch) == (sha, "unet:resnet18")
+        losses = [m.record["train"]["loss"] for m in (ledger.manifests()[0], before.manifests()[0])]
+        assert losses[0] < losses[1]  # it knows something already
+        assert verify(ledger, Store.open(small_store).split("train")) == []
+
+
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("arch", ["unet", "efficientunet-b4"])  # b0 commits two in the test above
 def test_every_architecture_commits_a_cycle(small_store, tmp_path, arch):
@@ -197,6 +229,7 @@ def test_divergence_ends_with_code_5(small_store, tmp_path):
             "and a CPU for each worker",
         ),
         (["--data", "STORE", "--model.encoder-weights", "/nowhere.pth", *FAST], 2, "no file /nowhere.pth"),
+        (["--data", "STORE", "--init", "/nowhere"], 2, "/nowhere is no model folder"),
         (["--data", "s3://key:secret@bucket/x"], 2, "must hold no credentials"),
     ],
 )

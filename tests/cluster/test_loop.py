@@ -17,7 +17,7 @@ import torch
 import raysed
 from raysed.cluster import scoring
 from raysed.cluster.estimate import dry_run
-from raysed.cluster.launch import check_data
+from raysed.cluster.launch import check_data, store_of
 from raysed.cluster.scoring import BATCH, Network, Scorer, present, score_pool
 from raysed.cluster.stream import Stream
 from raysed.cluster.telemetry import GAUGES, Monitor
@@ -30,8 +30,9 @@ from raysed.core.randomness import keyed_rng
 from raysed.core.step import to_device
 from raysed.core.uncertainty import log_probabilities, tile_scores
 from raysed.errors import ResourcesError, StorageError
-from raysed.io.ledger import Manifest
-from raysed.io.store import Store, read_tiles
+from raysed.io.ledger import Ledger, Manifest
+from raysed.io.storage import Storage
+from raysed.io.store import Store, finish, read_tiles
 
 pytestmark = pytest.mark.ray
 SIDE = 64
@@ -271,3 +272,25 @@ def test_a_dry_run_reckons_and_writes_nothing(ray_session, small_store, tmp_path
     dry_run(experiment, tiles_per_second=None, price=None, say=said.append)
     assert "3 steps measured on one cpu worker" in said[-1]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_with_the_version_of_the_store_that_it_began_with(small_store, tmp_path):
+    uri, said = str(tmp_path / "store"), []
+    shutil.copytree(small_store, uri)
+    before = Store.open(uri)
+    exp = Experiment(run=str(tmp_path / "run"))
+    exp = replace(exp, data=replace(exp.data, uri=uri))
+    Ledger(Storage(str(exp.run)), epoch=0).open(exp, before.dataset.content_hash)
+    known = before.dataset
+    finish(
+        before.storage, name="small", classes=known.classes, ignore=(0,), tile_size=known.tile_size,
+        index=before.index.slice(1), version=2,
+    )  # fmt: skip
+    assert store_of(exp, said.append).dataset == known
+    assert "goes on with version 1 of the store, 160 tiles" in said.pop()
+    for other in (
+        replace(exp, run=str(tmp_path / "new")),
+        replace(exp, allow_config_change=True),
+    ):
+        assert store_of(other, said.append).dataset.version == 2
+    assert not said

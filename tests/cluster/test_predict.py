@@ -34,6 +34,7 @@ from raysed.core.windows import Axis, Block, seam_score
 from raysed.errors import DataError, UsageError
 from raysed.io import checkpoint, model
 from raysed.io.imagery import find_images, find_labels
+from raysed.io.sources import BadSource, Rule
 from raysed.io.storage import Storage, digest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -358,7 +359,7 @@ def layers_of(net: model.Model, folder: Path, **settings) -> tuple[np.ndarray, l
     [image] = find_images(str(folder))
     task = Task(net.record, Settings(**settings), str(folder))
     mapper = BlockMapper(task, net.weights, "cpu")
-    with open_image(image).opened() as raster, torch.inference_mode():
+    with open_image(image, task).opened() as raster, torch.inference_mode():
         rows, cols, _ = grid_of(raster, task)
         whole = Block((0, len(rows.starts)), (0, len(cols.starts)))
         return mapper.map(raster, rows, cols, whole)[2], [rows, cols]
@@ -380,6 +381,22 @@ def test_the_scale_of_training_is_kept_in_metres_or_source_pixels(tmp_path):
         assert np.array_equal(found, twice)
     found, axes = layers_of(small_model(metres=0.25, scale=(2.0, 2.0)), tmp_path / "metres")
     assert [a.length for a in axes] == [128, 128]  # what the raster says goes before the pixels
+
+
+def test_the_rule_of_training_is_that_of_prediction(tmp_path):
+    plain = pixels(80, 100)
+    deep = np.concatenate([plain[..., ::-1], plain[..., :1]], 2).astype(np.uint16) * 4 + 50
+    write_tiff(tmp_path / "plain/x.tif", plain)
+    write_tiff(tmp_path / "deep/x.tif", deep)
+    wanted, _ = layers_of(small_model(), tmp_path / "plain")
+    net = small_model(rule=Rule((3, 2, 1), (50, 50 + 4 * 255)))
+    assert model.Record.from_json(net.record.to_json(), "x") == net.record
+    assert np.array_equal(layers_of(net, tmp_path / "deep")[0], wanted)
+    [image] = find_images(str(tmp_path / "plain"))
+    with pytest.raises(
+        BadSource, match=r"has 3 bands of uint8, expected at least 3 of uint16 \(--bands 3,2,1"
+    ):
+        plan_image(image, None, Task(net.record, Settings(), str(tmp_path)))
 
 
 def seams(folder: Path, overlap: float) -> float:

@@ -23,7 +23,15 @@ from raysed import cli
 from raysed.cluster.prepare import Settings, pack, plan_grids, prepare, synthetic
 from raysed.errors import DataError, StorageError, UsageError
 from raysed.io import store as store_module
-from raysed.io.sources import BadSource, Raster, Source, find, openearthmap_sources
+from raysed.io.sources import (
+    BadSource,
+    Raster,
+    Rule,
+    Source,
+    find,
+    openearthmap_sources,
+    remapped,
+)
 from raysed.io.storage import Storage
 from raysed.io.store import Store, read_tiles
 
@@ -64,9 +72,12 @@ def folder(root: Path, count: int = 6, side: int = 96) -> Path:
     return root
 
 
-def make(root: Path, target: Path, *, budget: float = 0.0, **settings) -> dict:
+def make(
+    root: Path, target: Path, *, budget: float = 0.0, append: bool = False, say=quiet, **settings
+) -> dict:
     storage = Storage(str(root))
-    return prepare(storage, find(storage), str(target), Settings(**settings), bad_budget=budget, say=quiet)
+    options = {"bad_budget": budget, "append": append, "say": say}
+    return prepare(storage, find(storage), str(target), Settings(**settings), **options)
 
 
 def test_the_official_lists_plan_to_9212_and_1536_tiles(real_data):
@@ -186,6 +197,86 @@ def test_labels_move_with_images_and_ids_become_classes(ray_session, tmp_path):
         assert np.array_equal(tile.image, image)
         assert np.array_equal(tile.label, label)
     assert [c.name for c in opened.dataset.classes] == ["grass", "roof"]
+
+
+@pytest.mark.ray
+def test_bands_and_bits_are_read_by_the_rule_that_the_store_records(ray_session, tmp_path):
+    plain = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    deep = np.concatenate([plain[..., :1], plain[..., ::-1]], 2).astype(np.uint16) * 4
+    write(tmp_path / "in/deep_1.tif", deep)
+    with pytest.raises(DataError, match=r"has 4 bands of uint16, expected 3 of uint8.*--bands picks bands"):
+        make(tmp_path / "in", tmp_path / "out", tile=32)
+    rule = Rule((4, 3, 2), (0, 4 * 255))
+    make(tmp_path / "in", tmp_path / "ruled", tile=32, rule=rule)
+    opened = Store.open(str(tmp_path / "ruled"))
+    assert opened.dataset.rule == rule
+    tile = read_tiles(opened.storage, opened.locations(["deep_1-r001c000"]), 32)[0]
+    assert np.array_equal(tile.image, plain[32:, :32])
+    with pytest.raises(UsageError, match=r"rule: .* there, None now"):
+        make(tmp_path / "in", tmp_path / "ruled", tile=32)
+
+
+@pytest.mark.ray
+def test_labels_are_remapped_and_the_store_says_how(ray_session, tmp_path):
+    root, storage = folder(tmp_path / "in"), Storage(str(tmp_path / "in"))
+    hashes = set()
+    for n, wanted in enumerate(({"grass": "green", "roof": 8}, {"grass": "green", "roof": "ignore"})):
+        classes = [
+            {"id": i, "name": c, "color": "#00FF00"} for i, c in ((8, "grey"), (9, "green"), (3, "blue"))
+        ]
+        (tmp_path / "remap.json").write_text(json.dumps({"classes": classes, "map": wanted}))
+        layout = remapped(find(storage), str(tmp_path / "remap.json"))
+        made = prepare(storage, layout, str(tmp_path / f"{n}"), Settings(tile=96), bad_budget=0, say=quiet)
+        hashes.add(made["hash"])
+        opened = Store.open(str(tmp_path / f"{n}"))
+        assert opened.dataset.remap == {"0": None, "1": 9, "2": None if n else 8}
+        tile = read_tiles(opened.storage, opened.locations(["town_0-r000c000"]), 96)[0]
+        label = np.asarray(Image.open(root / "labels/town_0.png"))
+        assert np.array_equal(tile.label, np.array([0, 2, 0 if n else 1])[label])
+        assert len(opened.dataset.pixels["train"]) == 4
+        assert opened.dataset.pixels["train"][3] == 0
+    assert len(hashes) == 2
+    with pytest.raises(UsageError, match=r"remap: .* there, None now"):
+        make(root, tmp_path / "0", tile=96)
+
+
+@pytest.mark.ray
+def test_appended_tiles_make_the_store_of_all_sources_at_once(ray_session, tmp_path, monkeypatch):
+    """Killed in the middle of it too; the version before stays as it was."""
+    root, target = folder(tmp_path / "in", count=8), tmp_path / "out"
+    calm = make(root, tmp_path / "calm", tile=32)
+    train, val = (root / "train.txt").read_text().split(), (root / "val.txt").read_text()
+    (root / "train.txt").write_text("\n".join(train[:3]))
+    before = make(root, target, tile=32)
+    older = {p: p.read_bytes() for p in target.rglob("*.parquet")}
+    (root / "train.txt").write_text("\n".join(train))
+    with pytest.raises(UsageError, match="or add new sources to it with --append"):
+        make(root, target, tile=32)
+
+    original = store_module.finish
+    monkeypatch.setattr(store_module, "finish", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        make(root, target, tile=32, append=True)
+    assert Store.open(str(target)).dataset.content_hash == before["hash"]
+    monkeypatch.setattr(store_module, "finish", original)
+    said: list[str] = []
+    after = make(root, target, tile=32, append=True, say=said.append)
+    assert said[0] == "5 of 8 sources are in the store already (town_0): left as they are"
+    assert "3 sources, 27 tiles in 1 shards, 0 to make" in said[1]
+    assert (after["hash"], after["version"], after["tiles"]) == (calm["hash"], 2, calm["tiles"])
+    assert all(p.read_bytes() == data for p, data in older.items())
+    assert len(Store.open(str(target), before["hash"]).index) == 45
+
+    opened = Store.open(str(target))
+    tiles = read_tiles(opened.storage, opened.locations(opened.index["tile_id"].to_pylist()), 32)
+    assert {type(t).__name__ for t in tiles} == {"Tile"}
+    assert make(root, target, tile=32, append=True) == after  # nothing is new
+    (root / "val.txt").write_text(val + "\ntown_9")
+    write(root / "images/town_9.png", np.zeros((40, 70, 3), np.uint8))
+    with pytest.raises(UsageError, match=r"has other classes or settings .*tile: 32 there, 40 now"):
+        make(root, target, tile=40, append=True)
+    assert make(root, target, tile=32, append=True)["version"] == 3
+    assert Store.open(str(target)).index["label_offset"].null_count == 2
 
 
 @pytest.mark.ray
@@ -370,6 +461,11 @@ def test_an_unlabelled_image_joins_labelled_sources(ray_session, tmp_path):
         (["--source", "IN", "--resize", "big"], "--resize must be a number of pixels or none, got 'big'"),
         (["--source", "IN", "--resize", "128"], "resize 128 is smaller than tile 256"),
         (["--source", "IN", "--tile", "8"], "tile must lie in 16..4096"),
+        (
+            ["--source", "IN", "--bands", "red"],
+            "--bands must be whole numbers with commas between, got 'red'",
+        ),
+        (["--source", "IN", "--append"], "no finished tile store at"),
         (["--source", "IN", "--bad-budget", "2"], "--bad-budget must lie in 0..1"),
         (["--source", "IN", "--classes", "/nowhere.json"], "--classes /nowhere.json: No such file"),
         (["--source", "synthetic", "--scenes", "0"], "--scenes must be at least 1"),

@@ -18,7 +18,7 @@ from raysed.core.tiles import LandClass
 from raysed.errors import DataError, UsageError
 from raysed.io import checkpoint, model, store
 from raysed.io.ledger import Ledger
-from raysed.io.sources import ground_size
+from raysed.io.sources import Rule, ground_size
 from raysed.io.storage import Storage
 from raysed.io.store import Store
 
@@ -162,3 +162,50 @@ def test_onnx_without_its_packages_names_the_extra(tmp_path, monkeypatch, capsys
     code, said = export(run, "--target", str(target), "--onnx", monkeypatch=monkeypatch, capsys=capsys)
     assert (code, "raysed[onnx]" in said) == (2, True)
     assert not target.exists()
+
+
+def exported(tmp_path: Path, arch: str = SMALL, **changes) -> tuple[str, model.Model]:
+    made = model.of_run(write_run(tmp_path / "origin", arch))
+    made = replace(made, record=replace(made.record, **changes))
+    return model.save(made, str(tmp_path / "model"), "", overwrite=False), made
+
+
+@pytest.mark.parametrize("arch", [SMALL, "unet"])
+def test_a_network_starts_from_a_model_whole_or_without_its_head(tmp_path, arch):
+    _, made = exported(tmp_path, arch)
+    same = build(arch, 2, seed=5)
+    recoloured = tuple(replace(c, color="#123456", source_id=c.source_id + 1) for c in CLASSES)
+    model.start_from(same, made, recoloured)
+    assert all(torch.equal(t, made.weights[n]) for n, t in same.net.state_dict().items())
+    for classes in (CLASSES[::-1], (*CLASSES, LandClass("sea", "#0000FF", 1))):
+        other, fresh = (build(arch, len(classes), seed=5) for _ in range(2))
+        model.start_from(other, made, classes)
+        state = other.net.state_dict()
+        head = [n for n in state if n.startswith(("head.", "segmentation_head."))]
+        assert len(head) == 2
+        assert all(torch.equal(state[n], fresh.net.state_dict()[n]) for n in head)
+        assert all(torch.equal(t, made.weights[n]) for n, t in state.items() if n not in head)
+
+
+def test_a_model_of_another_network_or_other_weights_starts_no_run(tmp_path):
+    uri, made = exported(tmp_path)
+    assert model.load_init(ModelConfig(arch=SMALL, init=uri, sha256=made.record.sha256)).record == made.record
+    with pytest.raises(UsageError, match=f"is a model of {SMALL}, --arch says unet: give --arch {SMALL}"):
+        model.load_init(ModelConfig(arch="unet", init=uri))
+    with pytest.raises(UsageError, match=r"holds weights \w{12}, model.sha256 says 000000000000"):
+        model.load_init(ModelConfig(arch=SMALL, init=uri, sha256="0" * 64))
+    with pytest.raises(UsageError, match=r"is a run: make a model folder of it with jobs/export\.py"):
+        model.load_init(ModelConfig(arch=SMALL, init=str(tmp_path / "origin/run")))
+
+
+def test_what_differs_between_model_and_store_is_said_in_a_line_each(tmp_path):
+    _, made = exported(tmp_path)
+    opened = Store.open(str(tmp_path / "origin/store"))
+    assert model.init_notes(made.record, opened) == []
+    names = tuple(LandClass(n, "#000000", i) for i, n in enumerate("ab"))
+    other = replace(made.record, classes=names, scale=(2.0, 2.0), metres=0.5, rule=Rule((3, 2, 1)))
+    assert model.init_notes(other, opened) == [
+        "note: --init: the classes were a, b and are grass, roof: the last layer begins anew",
+        "note: --init: it was trained on 2 source pixels a pixel, the store has 1",
+        "note: --init: it was trained on --bands 3,2,1, the store was made with 8-bit RGB",
+    ]

@@ -17,7 +17,7 @@ from PIL import Image
 
 from raysed.errors import StorageError, UsageError
 from raysed.io import sources
-from raysed.io.sources import BadSource, Raster, find
+from raysed.io.sources import BadSource, Raster, Rule, find, remapped
 from raysed.io.storage import Storage
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -330,3 +330,99 @@ def test_bombs_are_refused_from_their_headers(tmp_path):
 def test_reading_sources_needs_no_torch():
     code = "import sys, raysed.io.sources, raysed.io.store; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def ruled(path: Path, rule: Rule) -> np.ndarray:
+    with Raster(Storage(str(path.parent)), path.name, path.stat().st_size, 3, rule=rule).opened() as image:
+        return image.read(5, 7, 20, 30)
+
+
+def test_a_rule_picks_bands_and_makes_8_bits_of_16(tmp_path):
+    four = np.concatenate([PIXELS, PIXELS[..., :1] // 2], 2)
+    window = PIXELS[5:25, 7:37]
+    tiff(tmp_path / "four.tif", four)
+    assert np.array_equal(ruled(tmp_path / "four.tif", Rule((3, 2, 1))), window[..., ::-1])
+    png(tmp_path / "four.png", four)
+    assert np.array_equal(ruled(tmp_path / "four.png", Rule((1, 2, 3))), window)
+    tiff(tmp_path / "deep.tif", four.astype(np.uint16) * 10 + 100)
+    assert np.array_equal(ruled(tmp_path / "deep.tif", Rule((1, 2, 3), (100, 2650))), window)
+    clipped = ruled(tmp_path / "deep.tif", Rule((1, 2, 3), (600, 601)))
+    assert np.array_equal(clipped, np.where(window > 50, 255, 0))
+    png(tmp_path / "gray.png", PIXELS[..., 0])
+    assert np.array_equal(ruled(tmp_path / "gray.png", Rule((1, 1, 1))), window[..., [0, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "text"),
+    [
+        (
+            "three.tif",
+            Rule((1, 2, 4)),
+            r"has 3 bands of uint8, expected at least 4 of uint8 \(--bands 1,2,4\)",
+        ),
+        ("three.tif", Rule(stretch=(0, 9)), r"3 bands of uint8, expected 3 of uint16 \(--stretch 0,9\)"),
+        ("deep.tif", Rule((1, 2, 3)), "has 3 bands of uint16, expected at least 3 of uint8"),
+        ("palette.png", Rule((1, 1, 1)), "has 1 bands of P, expected at least 1 of uint8"),
+    ],
+)
+def test_an_image_that_a_rule_does_not_take_is_named(tmp_path, name, rule, text):
+    tiff(tmp_path / "three.tif", PIXELS)
+    tiff(tmp_path / "deep.tif", PIXELS.astype(np.uint16))
+    Image.fromarray(PIXELS).quantize(8).save(tmp_path / "palette.png")
+    with pytest.raises(BadSource, match=text):
+        ruled(tmp_path / name, rule)
+
+
+@pytest.mark.parametrize(
+    "rule", [{"bands": (0, 1, 2)}, {"bands": (1, 2)}, {"stretch": (9, 9)}, {"stretch": (0, 70000)}]
+)
+def test_a_rule_that_is_none_is_refused(rule):
+    with pytest.raises(UsageError, match=f"--{next(iter(rule))} must be"):
+        Rule(**rule)
+
+
+WANTED = [{"id": 5, "name": "built", "color": "#FF0000"}, {"id": 9, "name": "water", "color": "#0000FF"}]
+
+
+def remap(town: Path, mapping: object, **fields):
+    three = [{"id": i, "name": n, "color": "#010203"} for i, n in ((1, "roof"), (2, "road"), (7, "sea"))]
+    (town / "classes.json").write_text(json.dumps({"name": "t", "ignore": [0], "classes": three}))
+    (town / "remap.json").write_text(json.dumps({"classes": WANTED, "map": mapping, **fields}))
+    return remapped(layout(town), str(town / "remap.json"))
+
+
+def test_a_remapping_makes_the_wanted_classes_of_the_sources(town):
+    found = remap(town, {"roof": "built", "2": 5, "sea": "ignore"}, ignore=[255])
+    assert [(c.source_id, c.name) for c in found.classes] == [(5, "built"), (9, "water")]
+    assert found.ignore == (255,)
+    assert found.remap == ((0, None), (1, 5), (2, 5), (7, None))
+    table = found.lookup()
+    assert table[[0, 1, 2, 7]].tolist() == [0, 1, 1, 0]
+    assert set(np.delete(table, [0, 1, 2, 7])) == {-1}  # 5 and 9 are no values of the label files
+
+
+@pytest.mark.parametrize(
+    ("mapping", "text"),
+    [
+        ({"roof": "built", "2": 5}, 'leaves out sea: say the class that it becomes, or "ignore"'),
+        ({"roof": "built", "1": 5, "road": 5, "sea": 9}, "names class 1 of the source twice"),
+        ({"rof": "built"}, "map names 'rof', the source's classes are 1 roof, 2 road, 7 sea"),
+        ({"roof": "buildings"}, "map makes 'roof' 'buildings', the classes wanted are 5 built, 9 water"),
+        (["roof"], '"map" must say what each class of the source becomes'),
+    ],
+)
+def test_a_bad_remapping_is_named(town, mapping, text):
+    with pytest.raises(UsageError) as refused:
+        remap(town, mapping)
+    assert text in str(refused.value)
+    assert "remap.json" in str(refused.value)
+
+
+def test_a_remapping_needs_classes_on_both_sides(town, tmp_path_factory):
+    bare = tmp_path_factory.mktemp("bare")
+    png(bare / "a.png")
+    remap(town, {"roof": 5, "road": 5, "sea": 9})
+    with pytest.raises(UsageError, match="the source has no classes to map"):
+        remapped(layout(bare), str(town / "remap.json"))
+    with pytest.raises(UsageError, match=r"--remap .*nowhere\.json: No such file"):
+        remapped(layout(town), str(town / "nowhere.json"))

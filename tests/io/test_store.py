@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -98,8 +99,6 @@ def test_the_content_hash_does_not_depend_on_the_shards_but_on_every_pixel(tmp_p
             store.write_shard(storage, f"shards/part-{k:05d}.parquet", tiles[k * cut : (k + 1) * cut])
             for k in range(-(-len(tiles) // cut))
         ]
-        import pyarrow as pa
-
         index = pa.concat_tables(pieces[::-1])
         return store.finish(
             storage, name="x", classes=OPENEARTHMAP, ignore=(0,), tile_size=SIDE, index=index
@@ -159,3 +158,24 @@ def test_only_the_stores_own_formats_are_decoded():
         codec.decode_image(good, SIDE * 2)
     with pytest.raises(ValueError, match="cannot be decoded"):
         codec.decode_image(good[:30], SIDE)
+
+
+def test_appending_gives_a_version_and_leaves_the_ones_before_readable(made, tmp_path):
+    opened, tiles = made
+    first, more = opened.dataset, rows(60)[50:]
+    piece = store.write_shard(opened.storage, "shards/part-00001.parquet", more)
+    both = pa.concat_tables([opened.index, piece])
+    names = {"name": "x", "classes": OPENEARTHMAP, "ignore": (0,), "tile_size": SIDE}
+    second = store.finish(opened.storage, **names, index=both, version=2)
+    assert Store.open(opened.storage.uri).dataset == second
+    older = Store.open(opened.storage.uri, first.content_hash)
+    assert older.dataset == first
+    assert older.index == opened.index
+    third = store.finish(opened.storage, **names, index=both.slice(1), version=3)
+    for dataset, count in ((first, 50), (second, 60), (third, 59)):
+        assert len(Store.open(opened.storage.uri, dataset.content_hash).index) == count
+    with pytest.raises(UsageError, match="no version with 000000000000, which the run used: give its store"):
+        Store.open(opened.storage.uri, "0" * 64)
+    at_once = Storage(str(tmp_path / "at_once"))
+    piece = store.write_shard(at_once, "shards/part-00000.parquet", [*tiles, *more])
+    assert store.finish(at_once, **names, index=piece).content_hash == second.content_hash

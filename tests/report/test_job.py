@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from tiny_run import CYCLES, write_arm, write_store
 
@@ -16,7 +18,7 @@ from raysed.core.acquisition import Selection
 from raysed.errors import DataError, UsageError
 from raysed.io.ledger import Ledger, selection_table, table_bytes
 from raysed.io.storage import Storage
-from raysed.io.store import Store
+from raysed.io.store import Store, finish
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,6 +73,20 @@ def test_verify_takes_a_moved_store_but_no_other_data_set(report_job, tiny_run, 
     write_store(str(tmp_path / "other"), first=100)
     with pytest.raises(UsageError, match="give its store with --data"):
         report_job([tiny_run, "--verify", "--data", str(tmp_path / "other")])
+
+
+def test_a_run_verifies_after_tiles_were_appended_to_its_store(report_job, tiny_run, tiny_store, tmp_path):
+    moved = str(shutil.copytree(tiny_store, tmp_path / "moved"))
+    opened = Store.open(moved)
+    more = opened.index.set_column(
+        0, "tile_id", pc.binary_join_element_wise("n", opened.index["tile_id"], "")
+    )
+    index, known = pa.concat_tables([opened.index, more]), opened.dataset
+    finish(
+        opened.storage, name=known.name, classes=known.classes, ignore=(0,), tile_size=known.tile_size, index=index, version=2
+    )  # fmt: skip
+    assert len(Store.open(moved).index) == 60
+    assert report_job([tiny_run, "--verify", "--data", moved]) == 0
 
 
 def test_diff_of_a_run_with_its_copy_is_equal(report_job, tiny_run, run_copy, capsys):
