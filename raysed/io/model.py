@@ -179,7 +179,7 @@ def of_run(uri: str, cycle: int | None = None, data: str | None = None) -> Model
         DataError: no weights that verify.
     """
     ledger = Ledger(Storage(uri))
-    manifest, data_of_weights = _weights(ledger, cycle)
+    manifest, data_of_weights = weights_of_run(ledger, cycle)
     experiment, dataset_hash = ledger.config(manifest.cycle)
     store = Store.open(data or str(experiment.data.uri))
     if store.dataset.content_hash != dataset_hash:
@@ -210,7 +210,8 @@ def of_run(uri: str, cycle: int | None = None, data: str | None = None) -> Model
     return Model(record, weights)
 
 
-def _weights(ledger: Ledger, cycle: int | None) -> tuple[Manifest, bytes]:
+def weights_of_run(ledger: Ledger, cycle: int | None) -> tuple[Manifest, bytes]:
+    """The weights of a cycle, or the newest that verify; arguments and errors are those of `of_run`."""
     ledger.config()  # no run here: says so
     manifests = ledger.manifests()
     if not manifests:
