@@ -27,8 +27,11 @@ from raysed.cluster.telemetry import Monitor, Progress, TensorBoard
 from raysed.config import ClusterConfig, Experiment
 from raysed.core import networks
 from raysed.core.acquisition import STRATEGIES
+from raysed.core.splits import training_rows, validation_rows
 from raysed.errors import RaysedError, ResourcesError, UsageError, rebuilt
+from raysed.io import people
 from raysed.io.ledger import Lease, Ledger, Manifest
+from raysed.io.model import weights_of_run
 from raysed.io.provenance import environment
 from raysed.io.storage import Storage
 from raysed.io.store import Store
@@ -92,6 +95,8 @@ def carry_out(
             lease = stack.enter_context(Lease(Storage(str(arm.run))))
             Ledger(Storage(str(arm.run)), lease.epoch).open(arm, store.dataset.content_hash)
             held.append(Arm(name, arm, lease.epoch))
+        for _, arm in arms:
+            check_labels(arm, store)
         if _complete(arms):
             say("all cycles are committed already")
             return 0
@@ -145,7 +150,8 @@ def _run(
 
 
 def _scores(experiment: Experiment) -> bool:
-    return STRATEGIES[experiment.select.strategy].needs_scores
+    strategy = STRATEGIES[experiment.select.strategy]
+    return strategy.needs_scores or "irreducible" in strategy.needs
 
 
 def check_data(experiment: Experiment, store: Store, say: Callable[[str], None]) -> None:
@@ -160,15 +166,37 @@ def check_data(experiment: Experiment, store: Store, say: Callable[[str], None])
             f"strategy {experiment.select.strategy} needs the scores {', '.join(sorted(missing))}, which no run records: "
             "choose another --select"
         )
-    experiment.select.budget(len(cycles.labelled(store.split("train"))))
-    if not cycles.labelled(store.split("val")):
-        raise UsageError(f"{store.storage.uri} has no labelled tile in split val: nothing to evaluate on")
+    if "irreducible" in STRATEGIES[experiment.select.strategy].needs:
+        check_reference(experiment)
+    if "features" in STRATEGIES[experiment.select.strategy].needs and experiment.select.scores == "byproduct":
+        raise UsageError(
+            f"strategy {experiment.select.strategy} compares features of one network: select.scores must be fresh or overlapped"
+        )
+    if experiment.buys_labels and STRATEGIES[experiment.select.strategy].needs_labels:
+        raise UsageError(
+            f"strategy {experiment.select.strategy} looks at labels, which select.protocol pool has yet to buy: choose another --select"
+        )
+    data = experiment.data
+    regions = set(store.index["region"].to_pylist())
+    if unknown := [r for r in (data.held_out or "").split(",") if r and r not in regions]:
+        raise UsageError(
+            f"data.held_out: the store has no region {unknown[0]!r}, but {', '.join(sorted(regions)[:12])}"
+        )
+    pool = training_rows(store.index, data.held_out, unlabelled=experiment.asks_people)
+    experiment.select.budget(len(pool))
+    if not len(validation_rows(store.index, data.validation, data.held_out)):
+        raise UsageError(
+            f"{store.storage.uri} has no labelled tile in split val (data.validation {data.validation}, data.held_out "
+            f"{data.held_out or 'none'}): nothing to evaluate on"
+        )
     net = networks.build(experiment.model.arch, len(dataset.classes), experiment.seed)
     if dataset.tile_size % net.multiple or dataset.tile_size < 2 * net.multiple:
         raise UsageError(
             f"{experiment.model.arch} needs tiles of 2, 3, ... x {net.multiple} px, the store's have {dataset.tile_size}: "
             "prepare it with another --store"
         )
+    if experiment.asks_people:
+        return  # what the training tiles hold is not known yet
     for land_class, train, val in zip(
         dataset.classes, dataset.pixels["train"][1:], dataset.pixels["val"][1:], strict=True
     ):
@@ -179,9 +207,44 @@ def check_data(experiment: Experiment, store: Store, say: Callable[[str], None])
             )
 
 
+def check_reference(experiment: Experiment) -> None:
+    """Prove that there is a run whose weights say what loss is irreducible."""
+    uri = experiment.select.reference
+    if uri is None:
+        raise UsageError(
+            f"strategy {experiment.select.strategy} compares with a network trained before: give its run, --select.reference"
+        )
+    ledger = Ledger(Storage(uri))
+    other = ledger.config()[0].model.arch
+    if other != experiment.model.arch:
+        raise UsageError(
+            f"--select.reference {uri} is of {other}, this run of {experiment.model.arch}: they must be alike"
+        )
+    weights_of_run(ledger, None)
+
+
+def check_labels(experiment: Experiment, store: Store) -> None:
+    """Refuse to start a cluster for a run whose picks are still with people.
+
+    Raises:
+        WaitingForLabels: with how many are missing, and where they are to go.
+    """
+    if not experiment.asks_people:
+        return
+    run = Storage(str(experiment.run))
+    cycle = len(Ledger(run).manifests())
+    if cycle >= experiment.cycles or not experiment.pool.begins(cycle):
+        return
+    number = cycle // experiment.pool.cycles
+    if request := people.asked(run, number):
+        people.require(run, number, request[0].tile_ids, str(experiment.pool.labels), store.dataset)
+
+
 def check_run_paths(experiment: Experiment) -> None:
     """Refuse local data or run paths on a cluster of several nodes."""
     places = {f"--data {experiment.data.uri}": experiment.data.uri, f"--run {experiment.run}": experiment.run}
+    if experiment.asks_people:
+        places[f"--pool.labels {experiment.pool.labels}"] = experiment.pool.labels
     check_paths(
         {shown: str(uri) for shown, uri in places.items()},
         shared=experiment.cluster.shared_filesystem,
