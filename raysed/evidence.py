@@ -57,7 +57,12 @@ class EvidenceArm:
         """The run of a seed."""
         own = {"select.strategy": self.strategy}
         if self.strategy == CEILING:
-            own = {"select.strategy": "uniform", "select.fraction": "1", "select.tiles": "none"}
+            own = {
+                "select.strategy": "uniform",
+                "select.fraction": "1",
+                "select.tiles": "none",
+                "select.protocol": "reselect",
+            }
         common = {"run": run, "seed": seed, "baseline": False, "data.validation": split}
         return with_overrides(base, {**own, **self.fields, **common}, f"arm {self.name}")
 

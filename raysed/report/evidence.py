@@ -63,6 +63,11 @@ class Judged:
     kind: str
     runs: list[RunFile]
 
+    @property
+    def buys_labels(self) -> bool:
+        """Whether its runs bought labels round by round."""
+        return self.runs[0].facts["config"]["select"]["protocol"] == "pool"
+
     def paired(self, other: "Judged") -> tuple[list[RunFile], list[RunFile]]:
         """The runs of both of the seeds that both have, in order."""
         theirs = {r.seed: r for r in other.runs}
@@ -91,8 +96,8 @@ def write_evidence(results: Storage, kinds: Mapping[str, str], files: Mapping[st
     names = list(first.cycles[-1].record["val"]["iou"])
     titles = {"tiles": "tiles trained on", "compute": "forward passes", "seconds": "seconds"}
     panels = {titles[c]: {n: (d[c], d["miou"]) for n, d in data.items()} for c in COSTS}
-    ends = {a.name: [by_labels(curve(r)) for r in a.runs] for a in arms}
-    if all(len(labels) > 1 for own in ends.values() for labels, _ in own):
+    ends = {a.name: [by_labels(curve(r)) for r in a.runs] for a in arms if a.buys_labels}
+    if ends and all(len(labels) > 1 for own in ends.values() for labels, _ in own):
         panels["labels bought"] = {
             n: (np.stack([x for x, _ in own]), np.stack([y for _, y in own])) for n, own in ends.items()
         }
@@ -193,9 +198,10 @@ def summary_rows(arms: Sequence[Judged], split: str) -> list[Row]:
             for seed, c in own.items():
                 area = aulc_between(c[cost].tolist(), c["miou"].tolist(), low, high)
                 values[name][seed][f"aulc_{cost}"] = area
-    ends = {name: {s: by_labels(c) for s, c in own.items()} for name, own in curves.items()}
+    buyers = [a.name for a in arms if a.buys_labels]
+    ends = {name: {s: by_labels(c) for s, c in curves[name].items()} for name in buyers}
     every = [labels for own in ends.values() for labels, _ in own.values()]
-    low, high = max(e[0] for e in every), min(e[-1] for e in every)
+    low, high = max((e[0] for e in every), default=0), min((e[-1] for e in every), default=0)
     for name, own_ends in ends.items():
         for seed, (labels, miou) in own_ends.items():
             area = aulc_between(labels.tolist(), miou.tolist(), low, high)
@@ -227,7 +233,7 @@ def _row(arm: Judged, best: Judged, metric: str, values: dict[str, dict[int, Any
     known = list(own.values())
     facts = arm.runs[0].facts
     row: Row = {
-        "protocol": facts["config"]["select"]["protocol"],
+        "protocol": "pool" if best.buys_labels else "reselect",
         "data": f"{facts['data']['name']} {facts['data']['hash'][:12]}",
         "split": split,
         "arm": arm.name,

@@ -147,18 +147,20 @@ def test_without_a_passive_arm_there_is_nothing_to_judge_by(tmp_path):
 
 def test_labels_count_at_the_end_of_each_round(tmp_path):
     storage = Storage(str(tmp_path))
-    for arm in ("uniform", "defensive"):
+    for arm in ("ceiling", "uniform", "defensive"):
         found = run_file(arm, 0)
-        for m in found.cycles:
-            m.record["labelled"] = 10 * (1 + m.cycle // 3)
-        found.facts["config"]["select"]["protocol"] = "pool"
+        if arm != "ceiling":  # it has all labels
+            for m in found.cycles:
+                m.record["labelled"] = 10 * (1 + m.cycle // 3)
+            found.facts["config"]["select"]["protocol"] = "pool"
         storage.write(found.path, found.to_bytes())
     labels, miou = by_labels(curve(run_file_of(storage, "uniform")))
     assert labels.tolist() == [10, 20, 30, 40]
     assert miou.tolist() == curve(run_file("uniform", 0))["miou"][2::3].tolist()
     write_evidence(storage, KINDS, FILES, "dev")
     rows = {(r["arm"], r["metric"]): r for r in json.loads(storage.read("summary.json"))}
-    assert rows["uniform", "aulc_labels"]["protocol"] == "pool"
+    assert {r["protocol"] for r in rows.values()} == {"pool"}
+    assert rows["ceiling", "aulc_labels"]["mean"] is None
     assert rows["uniform", "aulc_labels"]["mean"] == pytest.approx(np.trapezoid(miou, labels) / 30)
     assert "labels bought" in storage.read("curves.svg").decode()
 
