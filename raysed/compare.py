@@ -47,7 +47,7 @@ def compare(doc: str | None, argv: Sequence[str]) -> int:
     code = 0
     for name, experiment in plan(base, root, names, seeds):
         label = runfile.file_of(name, experiment.seed)
-        if _is_finished(results, label, experiment, store):
+        if is_finished(results, label, experiment, store):
             say(f"{label}: finished")
             continue
         if args.dry_run:
@@ -80,7 +80,9 @@ def plan(
             yield name, with_overrides(base, {**common, **COMPARED[name].fields}, name)
 
 
-def _is_finished(results: Storage, path: str, experiment: Experiment, store: Store) -> bool:
+def is_finished(
+    results: Storage, path: str, experiment: Experiment, store: Store, *, last: str = "robustness"
+) -> bool:
     """A run is finished when its result file says so, whatever is left of its directory.
 
     Raises:
@@ -94,7 +96,7 @@ def _is_finished(results: Storage, path: str, experiment: Experiment, store: Sto
             f"{results.uri}/{path} ran on data set {found.facts['data']['hash'][:12]}, the store is "
             f"{store.dataset.content_hash[:12]}: choose another --run and --results"
         )
-    return found.is_finished(experiment)
+    return found.is_finished(experiment, last)
 
 
 def collect_all(root: Storage) -> Storage:

@@ -29,6 +29,10 @@ class DataConfig:
     """Tile store: a local path or s3://bucket/prefix."""
     bad_tile_budget: float = 0.001
     """Share of the tiles that may be unusable before the run stops (exit 4)."""
+    validation: Literal["all", "dev", "report"] = "all"
+    """Which validation tiles count: all, or those of one half of the source images, by hash of their name."""
+    held_out: str | None = None
+    """Regions, with commas between, that are not trained on; their tiles alone are then validated on."""
 
     def __post_init__(self) -> None:
         _require(
@@ -85,9 +89,26 @@ class OptimConfig:
     """Autocast type; auto is bf16 where the device computes in it, else fp16 on GPUs and fp32 on CPUs."""
     ordered_sums: bool = False
     """Sum gradients in micro-batch order, so that any worker count gives the same bits; slower than DDP's all-reduce."""
+    ema: float = 0.0
+    """Decay a step of a moving average of the weights, which then scores, is evaluated and is committed; 0 is off.  A young
+    average decays faster."""
+    norm_tiles: int = 0
+    """Training tiles, the last of each cycle, from which batch norm of the averaged weights is estimated anew; 0 averages the
+    running statistics too."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of kernels, times the learning rate a step."""
+    clip: float | None = None
+    """Highest norm of a step's gradient over all parameters; none is no limit."""
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
+        _require(0 <= self.ema < 1, f"optim.ema must lie in [0, 1), got {self.ema}")
+        _require(
+            self.norm_tiles == 0 or (self.ema > 0 and self.norm_tiles >= 0),
+            f"optim.norm_tiles is a number of tiles and goes with optim.ema, got {self.norm_tiles} and ema {self.ema}",
+        )
+        _require(self.weight_decay >= 0, f"optim.weight_decay must not be negative, got {self.weight_decay}")
+        _require(self.clip is None or self.clip > 0, f"optim.clip must be positive or none, got {self.clip}")
         _require(self.micro_batch >= 1, f"optim.micro_batch must be at least 1, got {self.micro_batch}")
         _require(
             self.batch >= 1 and self.batch % self.micro_batch == 0,
@@ -126,6 +147,8 @@ class SelectConfig:
     """How a cycle's tiles are chosen.  Without scores: uniform (passive), epoch-queue, class-random, region-random; by scores of
     the pool: entropy (the paper's active selection), margin, power-entropy, clasp-pe, class-gap, k-center, defensive-entropy; by
     what training leaves behind: infobatch, top-loss, reducible-loss, defensive, defensive-reducible."""
+    protocol: Literal["reselect", "pool"] = "reselect"
+    """reselect: all labels are there, every cycle selects anew (the paper's).  pool: labels are bought round by round, see pool.*."""
     fraction: float = 0.2
     """Share of the training tiles that a cycle trains on."""
     tiles: int | None = None
@@ -136,6 +159,10 @@ class SelectConfig:
     refresh: float = 0.1
     """Share of the pool, the oldest scores first, that scorers renew before each cycle when scores are byproduct; at half the
     tile's side where the network takes it."""
+
+    reference: str | None = None
+    """Run whose newest weights say what loss of a tile training cannot take away, for reducible-loss and defensive-reducible; of
+    the same architecture, and best one that has not trained on the tiles."""
 
     def __post_init__(self) -> None:
         _require(0 < self.fraction <= 1, f"select.fraction must lie in (0, 1], got {self.fraction}")
@@ -152,6 +179,34 @@ class SelectConfig:
         wanted = self.tiles if self.tiles is not None else max(1, int(self.fraction * pool))
         _require(wanted <= pool, f"select.tiles asks for {wanted} tiles a cycle, the pool has {pool}")
         return wanted
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolConfig:
+    start: float = 0.02
+    """Share of the training tiles whose labels are bought before the first round, by chance."""
+    buy: float = 0.02
+    """Share of the training tiles whose labels each further round buys, as the strategy says."""
+    cycles: int = 10
+    """Cycles a round."""
+    retrain: bool = False
+    """Begin each round with the initial weights instead of those of the round before; a cosine then goes over one round."""
+    labels: str | None = None
+    """Folder, local or s3://, into which people put the labels of the tiles picked; none takes those of the store."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.start <= 1, f"pool.start must lie in (0, 1], got {self.start}")
+        _require(0 < self.buy <= 1, f"pool.buy must lie in (0, 1], got {self.buy}")
+        _require(self.cycles >= 1, f"pool.cycles must be at least 1, got {self.cycles}")
+
+    def begins(self, cycle: int) -> bool:
+        """Whether a round begins with this cycle."""
+        return cycle % self.cycles == 0
+
+    def buys(self, cycle: int, tiles: int) -> int:
+        """Labels that a cycle buys out of a pool of so many tiles."""
+        share = self.start if cycle == 0 else self.buy
+        return max(1, int(share * tiles)) if self.begins(cycle) else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,15 +310,41 @@ class Experiment:
     optim: OptimConfig = field(default_factory=OptimConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
+    pool: PoolConfig = field(default_factory=PoolConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
         _require(self.cycles >= 1, f"cycles must be at least 1, got {self.cycles}")
         _require(
+            self.select.protocol == "reselect" or self.select.scores == "fresh",
+            f"select.protocol pool scores once a round: select.scores must be fresh, got {self.select.scores}",
+        )
+        _require(
             self.cluster.workers <= self.optim.micro_batches,
             f"{self.cluster.workers} workers need at least as many micro-batches a step, but optim.batch {self.optim.batch} / "
             f"optim.micro_batch {self.optim.micro_batch} is {self.optim.micro_batches}: lower --optim.micro-batch or raise --optim.batch",
         )
+
+    @property
+    def buys_labels(self) -> bool:
+        """Whether labels are bought round by round."""
+        return self.select.protocol == "pool"
+
+    def schedule_span(self, cycle: int) -> tuple[int, int]:
+        """First cycle and number of cycles over which the learning rate of a cycle decays."""
+        if not (self.buys_labels and self.pool.retrain):
+            return 0, self.cycles
+        first = cycle // self.pool.cycles * self.pool.cycles
+        return first, min(self.pool.cycles, self.cycles - first)
+
+    @property
+    def asks_people(self) -> bool:
+        """Whether the labels bought come from people; then the pool is all training tiles, labelled in the store or not."""
+        return self.buys_labels and self.pool.labels is not None
+
+    def scores_before(self, cycle: int) -> bool:
+        """Whether a cycle selects by scores, given a strategy that does."""
+        return not self.buys_labels or (cycle > 0 and self.pool.begins(cycle))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, as in `config.json`."""

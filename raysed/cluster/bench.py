@@ -215,7 +215,7 @@ def bare_costs(bench: Bench, threads: int) -> tuple[float, float, float]:
         scored(learner.net, whole[0], learner.precision)
 
     def validate() -> None:
-        learner.evaluate([whole])
+        learner.evaluate([(*whole, torch.zeros(len(whole[0]), dtype=torch.int64))], 1)
 
     found = []
     for action in (step, score, validate):

@@ -34,9 +34,12 @@ from raysed.cluster.stream import Row, Stream
 from raysed.config import Experiment
 from raysed.core import metrics, networks
 from raysed.core.acquisition import STRATEGIES
+from raysed.core.labelling import bought, rows_bought
 from raysed.core.losses import class_weights
 from raysed.core.plan import Plan, plan
 from raysed.core.pool import Selection, matrix
+from raysed.core.splits import training_rows, validation_rows
+from raysed.core.statistics import LAST
 from raysed.core.step import (
     Learner,
     MicroBatch,
@@ -44,19 +47,31 @@ from raysed.core.step import (
     learning_rate,
     resolve_precision,
     to_device,
+    to_images,
     weights_of,
 )
 from raysed.core.tiles import palette, target_of
 from raysed.errors import DataError, DivergedError, RaysedError
-from raysed.io import checkpoint
+from raysed.io import checkpoint, people
 from raysed.io.codec import encode_picture
-from raysed.io.ledger import Ledger, Manifest, choose, config_hash, selection_table, table_bytes
-from raysed.io.model import load_init, start_from
+from raysed.io.ledger import (
+    Ledger,
+    Manifest,
+    choose,
+    config_hash,
+    selection_table,
+    source_table,
+    table_bytes,
+)
+from raysed.io.model import load_init, start_from, weights_of_run
+from raysed.io.people import Request
 from raysed.io.storage import Storage, digest
 from raysed.io.store import BadTile, Store
 
-SELECTED = ("selected.parquet", "scores.parquet")
+SELECTED = ("selected.parquet", "scores.parquet", "bought.parquet")
 """Files of a commit that are known once tiles are selected."""
+Pixels = list[tuple[int, np.ndarray]]
+"""Micro-batches of one rank in one step: number and (B, side, side, 3) uint8 images."""
 WORK = ("read", "train", "visit")
 """Work of the ranks that is counted by node."""
 EXAMPLES, EXAMPLES_EVERY = 4, 5
@@ -129,7 +144,7 @@ class OpenCycle:
     excluded: list[str]
     """Tiles that were in quarantine when it selected."""
     files: dict[str, bytes]
-    """selected.parquet and, if there are scores, scores.parquet."""
+    """selected.parquet and, if there are such, scores.parquet and bought.parquet."""
     scores: dict[str, Any] | None
     """About the scores it selected by, for the record."""
     clock: Clock
@@ -201,8 +216,10 @@ class Worker:
         self.threads = self.exp.cluster.threads or max(1, node_cpus() // context.get_local_world_size())
         torch.set_num_threads(self.threads)
         self.store = Store.open(str(self.exp.data.uri), arm.dataset)
-        self.pool = self.store.split("train")
-        self.candidates = labelled(self.pool)
+        self.pool = training_rows(self.store.index, self.exp.data.held_out, unlabelled=self.exp.asks_people)
+        self.taught = self.store
+        """The store that training reads from."""
+        self.candidates = self.pool["tile_id"].to_pylist()
         self.ledger = Ledger(Storage(str(self.exp.run)), arm.epoch)
         dataset = self.store.dataset
         self.names = [c.name for c in dataset.classes]
@@ -217,11 +234,17 @@ class Worker:
                 self.store,
                 self.exp.select,
                 multiple=int(self.learner.net.multiple),  # type: ignore[arg-type]
+                reference=self._reference if self._needs("irreducible") else None,
             )
             self.collects = self.keeper.collects
         self.quarantine: dict[str, BadTile] = {}
         self.state: dict[str, Any] = {}
-        self.validation = sorted(labelled(self.store.split("val")))
+        data = self.exp.data
+        judged = validation_rows(self.store.index, data.validation, data.held_out).sort_by("tile_id")
+        self.validation: list[str] = judged["tile_id"].to_pylist()
+        self.sources: list[str] = sorted(set(judged["source"].to_pylist()))
+        at = {source: number for number, source in enumerate(self.sources)}
+        self.source_of = [at[source] for source in judged["source"].to_pylist()]
         self.validation_rows: list[list[Row]] | None = None
         self.examples: list[Row] = []
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="raysed-commit")
@@ -232,7 +255,6 @@ class Worker:
     def run(self) -> bool:
         """All cycles that are left; False if the run was asked to stop."""
         start, self.weights_hash = self._resume()
-        steps = -(-self.exp.select.budget(len(self.candidates)) // self.exp.optim.batch)
         stop = False
         try:
             for cycle in range(start, self.exp.cycles):
@@ -241,7 +263,7 @@ class Worker:
                     break
                 if self._pending and self._pending.done():
                     self._settle()  # a commit that failed ends the run before another cycle is trained
-                self._cycle(cycle, steps)
+                self._cycle(cycle)
         except Exception:
             with suppress(Exception):  # the first error counts; what was trained before it is committed
                 self._settle()
@@ -265,11 +287,14 @@ class Worker:
         exp, dataset = self.exp, self.store.dataset
         return Learner(
             self._network().to(self.device),
-            alpha=class_weights(np.array(dataset.pixels["train"][1:]), exp.loss.alpha_power),
+            alpha=class_weights(pixels_of(self.pool, len(dataset.classes)), exp.loss.alpha_power),
             gamma=exp.loss.gamma,
             batch=exp.optim.batch,
             precision=self.precision,
             ordered_sums=exp.optim.ordered_sums,
+            weight_decay=exp.optim.weight_decay,
+            clip=exp.optim.clip,
+            ema=exp.optim.ema,
         )
 
     def _first(self, action: Any) -> Any:
@@ -327,7 +352,8 @@ class Worker:
         inside = commit.step is not None
         if self.keeper and self.rank == 0:
             visits = self.ledger.table(commit, "visits.parquet") if "visits.parquet" in commit.files else None
-            self.keeper.restore(self.ledger.table(commit, "scores.parquet"), None if inside else visits)
+            if "scores.parquet" in commit.files:  # a round that buys labels scores once
+                self.keeper.restore(self.ledger.table(commit, "scores.parquet"), None if inside else visits)
         if inside:
             selected = self.ledger.table(commit, "selected.parquet").to_pydict()
             record, seconds = commit.record, commit.record["seconds"]
@@ -348,14 +374,16 @@ class Worker:
                 {k: Counter(v) for k, v in record["nodes"].items()},
             )
 
-    def _cycle(self, cycle: int, steps: int) -> None:
+    def _cycle(self, cycle: int) -> None:
         started = datetime.now(UTC).isoformat(timespec="seconds")
         opened, self._open = self._open or self._begin(cycle), None
         clock, selection = opened.clock, opened.selection
+        if self.exp.buys_labels:
+            self._take_labels(selection)
         order = plan(
             selection.tile_ids, self.exp.seed, cycle, self.exp.optim.batch, self.exp.optim.micro_batch
         )
-        train = self._train(opened, order, steps)
+        train = self._train(opened, order)
         self._at("evaluate", cycle)
         with clock.phase("evaluate"):
             val, read = self._evaluate()
@@ -372,6 +400,8 @@ class Worker:
             }
             if self.keeper and self.collects:
                 files["visits.parquet"] = table_bytes(self.keeper.visits_table())
+            if cycle >= self.exp.cycles - LAST:
+                files["sources.parquet"] = table_bytes(source_table(self.sources, self.by_source))
             if cycle % EXAMPLES_EVERY == 0 or cycle == self.exp.cycles - 1:
                 files["examples.png"] = self._pictured()
             scores = opened.scores
@@ -382,11 +412,13 @@ class Worker:
                 "dataset_hash": self.store.dataset.content_hash,
                 "scoring_weights": scores and scores["weights"],
                 "tiles": len(order.order),
+                "labelled": len(bought(selection.state)) if self.exp.buys_labels else len(self.candidates),
                 "steps": order.steps,
                 "quarantined": len(self.quarantine),
+                "estimated": min(len(order.order), self._estimated() * self.exp.optim.batch),
                 "train": train,
                 "val": val,
-                "scores": scores and {k: scores[k] for k in ("tiles", "entropy_mean")},
+                "scores": scores and {k: scores[k] for k in ("tiles", "side", "entropy_mean")},
                 "nodes": {
                     **{k: dict(c) for k, c in opened.nodes.items()},
                     "read": dict(opened.nodes["read"] + read),
@@ -409,21 +441,27 @@ class Worker:
         """Score and select."""
         clock = Clock()
         self._at("score", cycle)
-        scores = self._score(cycle, clock) if self.keeper else None
+        scores = self._score(cycle, clock) if self.keeper and self.exp.scores_before(cycle) else None
         excluded = sorted(self.quarantine)
         with clock.phase("select"):
             selection = self._first(lambda: self._select(cycle, scores, excluded))
+        self._labels(cycle, selection, scores)
         self._at("select", cycle)
+        if self.exp.buys_labels and self.exp.pool.retrain and cycle and self.exp.pool.begins(cycle):
+            self.learner = self._learner()
         if self.keeper and self.rank == 0:
             self.keeper.begin_ahead(self._selectable(), self._weights)
         files, about = {}, None
         if self.rank == 0:
             files["selected.parquet"] = table_bytes(selection_table(selection))
-        if scores:
+            if selection.bought:
+                files["bought.parquet"] = table_bytes(selection_table(selection.bought))
+        if scores and self.keeper:
             files["scores.parquet"] = table_bytes(scores.table)
             mean = pc.mean(scores.table["entropy"]).as_py()
             about = {
                 "tiles": scores.tiles,
+                "side": self.keeper.side,
                 "entropy_mean": mean,
                 "weights": scores.weights,
                 "nodes": scores.nodes,
@@ -434,6 +472,12 @@ class Worker:
         """Scores of the pool, on rank 0; the other ranks wait for the selection."""
         if self.rank or self.keeper is None:
             return None
+        if self.exp.asks_people and (
+            before := people.asked(self.ledger.storage, cycle // self.exp.pool.cycles)
+        ):
+            request, table = before
+            assert table is not None
+            return Scored(table, request.scored, {}, [], request.weights)
         with clock.phase("score"):
             scores = self.keeper.scores(
                 self._selectable(), self._weights, lambda: self._weights_before(cycle)
@@ -442,10 +486,20 @@ class Worker:
         return scores
 
     def _selectable(self) -> list[str]:
-        return sorted(t for t in self.candidates if t not in self.quarantine)
+        owned = {} if self.keeper and self.keeper.features else bought(self.state)  # they are centers
+        return sorted(t for t in self.candidates if t not in self.quarantine and t not in owned)
 
     def _weights(self) -> tuple[dict[str, np.ndarray], str]:
         return {n: t.numpy() for n, t in self.learner.weights().items()}, self.weights_hash
+
+    def _needs(self, column: str) -> bool:
+        return column in STRATEGIES[self.exp.select.strategy].needs
+
+    def _reference(self) -> tuple[dict[str, np.ndarray], str]:
+        """The newest weights of the run that the experiment refers to."""
+        manifest, data = weights_of_run(Ledger(Storage(str(self.exp.select.reference))), None)
+        weights = checkpoint.unpack(data, "model.safetensors")
+        return {n: t.numpy() for n, t in weights.items()}, manifest.files["model.safetensors"]["sha256"]
 
     def _weights_before(self, cycle: int) -> tuple[dict[str, np.ndarray], str]:
         """The weights that the cycle before started from: those of the cycle before that, or the initial ones."""
@@ -466,7 +520,59 @@ class Worker:
             excluded=set(excluded),
         )
 
-    def _train(self, opened: OpenCycle, order: Plan, steps: int) -> dict[str, float]:
+    def _labels(self, cycle: int, selection: Selection, scores: Scored | None) -> None:
+        """Labels by people: ask for those just picked, or take them; training reads them from the run's own store.
+
+        Raises:
+            WaitingForLabels: on rank 0, when they have yet to come.
+        """
+        if not self.exp.asks_people:
+            return
+        run = self.ledger.storage
+
+        def take() -> None:
+            number, picks = cycle // self.exp.pool.cycles, selection.bought
+            if picks is None:
+                return
+            if people.asked(run, number) is None:
+                self._settle()  # what is trained so far is committed before the run ends
+                seen = (scores.weights, scores.tiles, scores.table) if scores else (None, 0, None)
+                people.ask(run, Request(number, picks.tile_ids, *seen[:2]), picks, self.store, seen[2])
+            folder = str(self.exp.pool.labels)
+            people.take(
+                run,
+                number,
+                self.store,
+                people.require(run, number, picks.tile_ids, folder, self.store.dataset),
+            )
+
+        self._first(take)
+
+    def _take_labels(self, selection: Selection) -> None:
+        """Class weights follow from the labels bought so far; those by people are read from the run's own store."""
+        if self.exp.asks_people:
+            self.taught = Store.open(self.ledger.storage.at(people.LABELLED).uri)
+        rows = self.taught.index if self.exp.asks_people else self.pool
+        pixels = pixels_of(rows_bought(rows, selection.state), len(self.names))
+        alpha = class_weights(pixels, self.exp.loss.alpha_power)
+        self.learner.alpha = torch.from_numpy(alpha).to(self.device)
+
+    def _estimated(self) -> int:
+        """Steps of a cycle, its last ones, whose tiles batch norm is estimated from, if there are so many."""
+        return -(-self.exp.optim.norm_tiles // self.exp.optim.batch)
+
+    def _seen(self, cycle: int, order: Plan, steps: range) -> list[Pixels]:
+        """Images of steps that were trained on before a commit inside the cycle, read again."""
+        if not steps:
+            return []
+        batches = [order.micro_batches(step, self.rank, self.workers) for step in steps]
+        wanted = [(p, order.order[p]) for step in batches for _, positions in step for p in positions]
+        stream = self._stream("train", wanted, keys=(self.exp.seed, cycle))
+        seen = [[(n, self._arrays(stream.take(positions))[0]) for n, positions in step] for step in batches]
+        stream.close()
+        return seen
+
+    def _train(self, opened: OpenCycle, order: Plan) -> dict[str, float]:
         """All steps that are left; loss and learning rate of the cycle."""
         exp, cycle, selection = self.exp, opened.cycle, opened.selection
         own = order.share(self.rank, self.workers)
@@ -476,31 +582,42 @@ class Worker:
         lr = exp.optim.lr
         weighted = any(w != 1 for w in selection.weights)
         weight_of = dict(zip(selection.tile_ids, selection.weights, strict=True))
+        first, length = exp.schedule_span(cycle)
+        estimated = max(0, order.steps - self._estimated())
+        kept = self._seen(cycle, order, range(estimated, opened.done))
         for step in range(opened.done, order.steps):
             if step == order.steps // 2:
                 self._at("train", cycle)
-            micro = []
+            micro: list[MicroBatch] = []
+            pixels: Pixels = []
             for number, positions in order.micro_batches(step, self.rank, self.workers):
                 images, labels = self._arrays(stream.take(positions))
                 weights = [weight_of[order.order[p]] for p in positions] or [1.0]
                 weight = torch.tensor(weights, device=self.device) if weighted else None
                 micro.append(MicroBatch(number, *to_device(images, labels, self.device), weight))
                 part.positions.append(positions)
-            lr = learning_rate(exp.optim.lr, exp.optim.schedule, cycle * steps + step, exp.cycles * steps)
-            tiles = min(exp.optim.batch, len(order.order) - step * exp.optim.batch)
+                pixels.append((number, images))
+            at = (cycle - first) * order.steps + step
+            lr = learning_rate(exp.optim.lr, exp.optim.schedule, at, length * order.steps)
             part.losses.append(
                 self.learner.step(
                     micro,
                     lr=lr,
                     key=("drop", exp.seed, cycle, step),
-                    total=-(-tiles // exp.optim.micro_batch),
+                    total=self._micro_batches(order, step),
                     visits=part.visits if self.collects else None,
                 )
             )
+            if step >= estimated:
+                kept.append(pixels)
             if step + 1 < order.steps and self._is_due(step + 1):
                 part = self._count(opened, part, step + 1)
                 if self.rank == 0:
                     self._commit_inside(opened)
+        self.learner.estimate(
+            ([(n, to_images(images, self.device)) for n, images in own], self._micro_batches(order, step))
+            for step, own in enumerate(kept, start=estimated)
+        )
         stream.close()
         self._count(opened, part, order.steps)
         if self.keeper and self.collects and self.rank == 0:
@@ -510,8 +627,13 @@ class Worker:
             ]  # black, they tell nothing
             rows = np.stack([row for _, row in visits]) if visits else self.keeper.visits[1][:0]
             self.keeper.visits = [order.order[p] for p, _ in visits], rows
-        loss, pixels = (math.fsum(column) for column in zip(*opened.losses, strict=True))
-        return {"loss": loss / max(pixels, 1), "lr": lr}
+        loss, known = (math.fsum(column) for column in zip(*opened.losses, strict=True))
+        return {"loss": loss / max(known, 1), "lr": lr}
+
+    def _micro_batches(self, order: Plan, step: int) -> int:
+        """Micro-batches of a step that hold tiles, over all ranks."""
+        batch = self.exp.optim.batch
+        return -(-min(batch, len(order.order) - step * batch) // self.exp.optim.micro_batch)
 
     def _is_due(self, done: int) -> bool:
         """Whether to commit inside the cycle after so many steps: asked for, or a node is about to be taken away."""
@@ -603,7 +725,8 @@ class Worker:
                 nodes += read
                 self._quarantine(bad)
         loss, pixels, soft, count = totals.sums.tolist()
-        counts = totals.counts.cpu().numpy()
+        self.by_source = totals.counts.cpu().numpy()
+        counts = self.by_source.sum(0)
         return {
             "loss": loss / max(pixels, 1),
             "soft_iou": soft / max(count, 1),
@@ -613,12 +736,13 @@ class Worker:
         }, nodes
 
     def _totals(self, batches: Iterable[list[Row]]) -> Totals:
-        def arrays() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        def arrays() -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
             for rows in batches:
                 self.examples = self.examples or rows[:EXAMPLES]
-                yield to_device(*self._arrays(rows), self.device)
+                sources = torch.tensor([self.source_of[r.position] for r in rows], device=self.device)
+                yield (*to_device(*self._arrays(rows), self.device), sources)
 
-        return self.learner.evaluate(arrays())
+        return self.learner.evaluate(arrays(), len(self.sources))
 
     def _pictured(self) -> bytes:
         """PNG of a few validation tiles, one a row: image, label, prediction."""
@@ -645,7 +769,7 @@ class Worker:
     def _stream(self, name: str, wanted: list[tuple[int, str]], keys: tuple[int, int] | None) -> Stream:
         cluster = self.exp.cluster
         return Stream(
-            self.store,
+            self.taught if name == "train" else self.store,
             wanted,
             name=f"{self.arm.name}-{name}",
             chunk=cluster.chunk,
@@ -717,9 +841,9 @@ class Worker:
         self.setup.monitor.post.remote({"kind": "cycle", "arm": self.arm.name, "manifest": manifest})
 
 
-def labelled(index: pa.Table) -> list[str]:
-    """Ids of the tiles that have a label."""
-    return index.filter(pc.is_valid(index["label_offset"]))["tile_id"].to_pylist()
+def pixels_of(rows: pa.Table, classes: int) -> np.ndarray:
+    """(C,) pixels of each class in labelled tiles."""
+    return np.array(rows["pixels"].drop_null().to_pylist(), np.int64).reshape(-1, classes + 1).sum(0)[1:]
 
 
 def node_id() -> str:

@@ -11,13 +11,14 @@ import ray
 import torch
 
 from raysed.cluster.connect import autoscaling, connect
-from raysed.cluster.cycles import labelled
-from raysed.cluster.launch import arms_of, check_data, check_run_paths, store_of
+from raysed.cluster.launch import arms_of, store_of
+from raysed.cluster.preflight import check_data, check_run_paths
 from raysed.cluster.room import candidates, check_sum, scorer_count
 from raysed.config import Experiment
 from raysed.core import memory, networks
 from raysed.core.acquisition import STRATEGIES
 from raysed.core.cost import Speed, Work
+from raysed.core.splits import training_rows, validation_rows
 from raysed.errors import ResourcesError
 from raysed.io.ledger import Ledger, Manifest
 from raysed.io.storage import Storage
@@ -89,12 +90,12 @@ def _say_where(
 
 
 def _work(arm: Experiment, store: Store, committed: int) -> Work:
-    pool = len(labelled(store.split("train")))
+    pool = len(training_rows(store.index, arm.data.held_out, unlabelled=arm.asks_people))
     return Work(
         cycles=max(0, arm.cycles - committed),
         train=arm.select.budget(pool),
         score=pool if STRATEGIES[arm.select.strategy].needs_scores else 0,
-        validate=len(labelled(store.split("val"))),
+        validate=len(validation_rows(store.index, arm.data.validation, arm.data.held_out)),
     )
 
 

@@ -19,18 +19,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysed import errors
 from raysed.cluster import cycles
-from raysed.cluster.connect import autoscaling, check_paths, connect
+from raysed.cluster.connect import autoscaling, connect
 from raysed.cluster.cycles import Arm, Setup
+from raysed.cluster.preflight import check_data, check_labels, check_run_paths
 from raysed.cluster.room import secure
-from raysed.cluster.scorekeeping import RECORDED
 from raysed.cluster.scoring import Network, Scorer
 from raysed.cluster.telemetry import Monitor, Progress, TensorBoard
 from raysed.config import Experiment
-from raysed.core import networks
 from raysed.core.acquisition import STRATEGIES
 from raysed.errors import RaysedError, ResourcesError, UsageError, rebuilt
 from raysed.io.ledger import Lease, Ledger, Manifest
-from raysed.io.model import init_notes, load_init
 from raysed.io.provenance import environment
 from raysed.io.storage import Storage
 from raysed.io.store import Store
@@ -94,6 +92,8 @@ def carry_out(
             lease = stack.enter_context(Lease(Storage(str(arm.run))))
             Ledger(Storage(str(arm.run)), lease.epoch).open(arm, store.dataset.content_hash)
             held.append(Arm(name, arm, lease.epoch, store.dataset.content_hash))
+        for _, arm in arms:
+            check_labels(arm, store)
         if _complete(arms):
             say("all cycles are committed already")
             return 0
@@ -163,51 +163,8 @@ def _run(
 
 
 def _scores(experiment: Experiment) -> bool:
-    return STRATEGIES[experiment.select.strategy].needs_scores
-
-
-def check_data(experiment: Experiment, store: Store, say: Callable[[str], None]) -> None:
-    """Prove that the experiment fits its tile store; absent classes are said, and where a model it starts from differs."""
-    dataset = store.dataset
-    if experiment.select.strategy not in STRATEGIES:
-        raise UsageError(
-            f"select.strategy must be one of {', '.join(STRATEGIES)}, got {experiment.select.strategy!r}"
-        )
-    if missing := STRATEGIES[experiment.select.strategy].needs - RECORDED:
-        raise UsageError(
-            f"strategy {experiment.select.strategy} needs the scores {', '.join(sorted(missing))}, which no run records: "
-            "choose another --select"
-        )
-    experiment.select.budget(len(cycles.labelled(store.split("train"))))
-    if not cycles.labelled(store.split("val")):
-        raise UsageError(f"{store.storage.uri} has no labelled tile in split val: nothing to evaluate on")
-    net = networks.build(experiment.model.arch, len(dataset.classes), experiment.seed)
-    if dataset.tile_size % net.multiple or dataset.tile_size < 2 * net.multiple:
-        raise UsageError(
-            f"{experiment.model.arch} needs tiles of 2, 3, ... x {net.multiple} px, the store's have {dataset.tile_size}: "
-            "prepare it with another --store"
-        )
-    if experiment.model.init:
-        for note in init_notes(load_init(experiment.model).record, store):
-            say(note)
-    for land_class, train, val in zip(
-        dataset.classes, dataset.pixels["train"][1:], dataset.pixels["val"][1:], strict=True
-    ):
-        if not train:
-            where = "and counts in validation" if val else "nor in validation"
-            say(
-                f"note: class {land_class.name} has no pixel in the training tiles {where}; its loss weight is 0"
-            )
-
-
-def check_run_paths(experiment: Experiment) -> None:
-    """Refuse local paths of data, run or initial model on a cluster of several nodes."""
-    places = {"--data": experiment.data.uri, "--run": experiment.run, "--init": experiment.model.init}
-    check_paths(
-        {f"{flag} {uri}": uri for flag, uri in places.items() if uri},
-        shared=experiment.cluster.shared_filesystem,
-        remedy="give an s3:// URI (or set RAYSED_DATA and RAYSED_RUN), or --cluster.shared-filesystem if all nodes see the same files",
-    )
+    strategy = STRATEGIES[experiment.select.strategy]
+    return strategy.needs_scores or "irreducible" in strategy.needs
 
 
 def _here() -> NodeAffinitySchedulingStrategy:

@@ -24,7 +24,7 @@ SAMPLE = 32
 """Visited tiles that a scorer scores too, to bring by-product scores onto its scale."""
 COLLECTED = frozenset({"loss", "class_loss"})
 """Columns that come from training visits alone."""
-RECORDED = frozenset({"entropy", "margin", "mass"}) | COLLECTED
+RECORDED = frozenset({"entropy", "margin", "mass", "features", "irreducible"}) | COLLECTED
 """Columns that a run can record."""
 
 
@@ -50,6 +50,7 @@ class Scorekeeper:
         store: the tile store.
         select: strategy and mode.
         multiple: side of a tile that the network takes is a multiple of this.
+        reference: the weights that say what loss is irreducible, if the strategy asks for it.
     """
 
     def __init__(
@@ -60,18 +61,24 @@ class Scorekeeper:
         select: SelectConfig,
         *,
         multiple: int,
+        reference: Weights | None = None,
     ) -> None:
         strategy = STRATEGIES[select.strategy]
         self.scorers, self.patience, self.store = scorers, patience, store
         self._grace = FIRST_GRACE
         self.mode = select.scores if strategy.needs_scores else "visits"
         self.refresh = select.refresh
+        self.features = "features" in strategy.needs
+        """Whether scorers give the network's deepest features too."""
         self.collects = bool(strategy.needs & COLLECTED) or self.mode == "byproduct"
         """Whether training has to record its visits."""
         side = store.dataset.tile_size
         half = side // 2 // multiple * multiple
         self.side = half if self.mode == "byproduct" and half >= 2 * multiple else side
         self.classes = len(store.dataset.classes)
+        self.reference = reference
+        self.irreducible: dict[str, float] | None = None
+        """Loss of each tile under the reference; a pass over the pool once a run, and from the ledger when it goes on."""
         self.table = ScoreTable.unknown([], self.classes)
         self.visits: tuple[list[str], np.ndarray] = ([], np.zeros((0, 3 + 2 * self.classes), np.float32))
         """Tiles of the last cycle in the order of its plan, and their rows of `uncertainty.visit_scores`."""
@@ -81,6 +88,9 @@ class Scorekeeper:
     def restore(self, scores: pa.Table, visits: pa.Table | None) -> None:
         """Go on after a committed cycle, from its `scores.parquet` and `visits.parquet`."""
         self.table = ScoreTable.from_table(scores, self.classes)
+        if "irreducible" in scores.column_names:
+            pairs = zip(scores["tile_id"].to_pylist(), scores["irreducible"].to_pylist(), strict=True)
+            self.irreducible = {t: v for t, v in pairs if v is not None}
         if visits is not None:
             self.visits = visits["tile_id"].to_pylist(), matrix(visits["row"])
 
@@ -116,13 +126,31 @@ class Scorekeeper:
             kept = [i for i, t in enumerate(found.ids) if t in known]
             table = table.with_scores([found.ids[i] for i in kept], found.rows[kept])
         self.table = table
+        columns = table.table()
+        bad, tiles = (list(found.bad), len(found.ids)) if found else ([], 0)
+        if self.reference is not None:
+            more, unread = self._reference_pass(ids)
+            bad, tiles = bad + unread, tiles + more
+            values = [(self.irreducible or {}).get(t) for t in columns["tile_id"].to_pylist()]
+            columns = columns.append_column("irreducible", pa.array(values, pa.float32()))
+        if self.features and found is not None:
+            columns = columns.append_column("features", _features(columns["tile_id"], found))
         return Scored(
-            table.table(),
-            len(found.ids) if found else 0,
+            columns,
+            tiles,
             found.nodes if found else {},
-            found.bad if found else [],
+            bad,
             version,
         )
+
+    def _reference_pass(self, ids: list[str]) -> tuple[int, list[BadTile]]:
+        """Find the irreducible losses, once; the number of tiles scored for that, and those that could not be read."""
+        if self.irreducible is not None or self.reference is None:
+            return 0, []
+        weights, version = self.reference()
+        found = self._passed(ids, weights, version, side=self.store.dataset.tile_size, loss=True)
+        self.irreducible = dict(zip(found.ids, found.loss.tolist(), strict=True))
+        return len(found.ids), found.bad
 
     def begin_ahead(self, ids: list[str], now: Weights) -> None:
         """In mode overlapped: score the pool for the next cycle while this one trains."""
@@ -159,6 +187,26 @@ class Scorekeeper:
         return self._pool(ids, arrays, version), version
 
     def _pool(self, ids: list[str], weights: dict[str, np.ndarray], version: str) -> Scores:
+        return self._passed(ids, weights, version, side=self.side, features=self.features)
+
+    def _passed(
+        self,
+        ids: list[str],
+        weights: dict[str, np.ndarray],
+        version: str,
+        *,
+        side: int,
+        features: bool = False,
+        loss: bool = False,
+    ) -> Scores:
         scorers, threads = present(self.scorers, self.patience, self._grace)
         self._grace = GRACE
-        return score_pool(scorers, threads, weights, version, self.store.locations(ids), side=self.side)
+        at = self.store.locations(ids)
+        return score_pool(scorers, threads, weights, version, at, side=side, features=features, loss=loss)
+
+
+def _features(ids: pa.ChunkedArray, found: Scores) -> pa.Array:
+    """Column of each tile's features, null where it has none."""
+    at = {t: i for i, t in enumerate(found.ids)}
+    rows = [found.features[at[t]] if t in at else None for t in ids.to_pylist()]
+    return pa.array(rows, pa.list_(pa.float16()))

@@ -10,7 +10,7 @@ import numpy as np
 import ray
 from ray.actor import ActorHandle
 
-from raysed.core.tiles import resize_image
+from raysed.core.tiles import resize_image, target_of
 from raysed.errors import RaysedError, ResourcesError, rebuilt
 from raysed.io.storage import Storage
 from raysed.io.store import BadTile, Tile, read_tiles
@@ -62,7 +62,15 @@ class Scorer:
         return ray.get_runtime_context().get_node_id()
 
     def score(
-        self, weights: dict[str, np.ndarray], version: str, locations: list[dict], side: int, threads: int
+        self,
+        weights: dict[str, np.ndarray],
+        version: str,
+        locations: list[dict],
+        side: int,
+        threads: int,
+        *,
+        features: bool = False,
+        loss: bool = False,
     ) -> dict[str, Any]:
         """Scores of one chunk.
 
@@ -72,15 +80,18 @@ class Scorer:
             locations: rows of `store.LOCATION`.
             side: side at which the tiles are scored, pixels; smaller than stored is cheaper.
             threads: torch threads; sent with every call, since a scorer that was restarted has forgotten them.
+            features: give the network's deepest features too.
+            loss: give the mean cross-entropy over the known pixels of each tile's label too; at the stored side only.
 
         Returns:
-            ids and (n, 2 + C) float32 scores of the good tiles, bad tiles, and the node; or `failed`, class name and text of a
+            ids, (n, 2 + C) float32 scores, (n,) float32 loss (0 unless asked for) and (n, D) float16 features (D 0 unless asked for) of the good tiles, bad tiles, and
+            the node; or `failed`, class name and text of a
             RaysedError.
         """
         import torch
 
         from raysed.core.step import DTYPES, to_device
-        from raysed.core.uncertainty import log_probabilities, tile_scores
+        from raysed.core.uncertainty import log_probabilities, tile_scores, visit_scores
 
         if version != self.version:
             self.net.load_state_dict({n: torch.from_numpy(np.array(w)) for n, w in weights.items()})
@@ -88,21 +99,38 @@ class Scorer:
         torch.set_num_threads(threads)
         try:
             images, bad = self._images(locations)
+            labels = self._labels(locations) if loss else {}
         except RaysedError as error:
             return {"failed": (type(error).__name__, str(error))}
-        ids, rows = list(images), []
+        ids, rows, deepest, losses = list(images), [], [], [np.zeros(0, np.float32)]
         dtype = DTYPES[self.precision]
         with torch.inference_mode(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             for i in range(0, len(ids), BATCH):
                 batch = np.stack([resize_image(images[t], side, side) for t in ids[i : i + BATCH]])
                 x, _ = to_device(batch, np.zeros((0,), np.uint8), self.device)
-                rows.append(tile_scores(log_probabilities(self.net(x))).cpu().numpy())
+                logits, found = (
+                    self.net.with_features(x) if features else (self.net(x), x.new_zeros(len(x), 0))
+                )
+                log_p = log_probabilities(logits)
+                rows.append(tile_scores(log_p).cpu().numpy())
+                if loss:
+                    target = torch.from_numpy(target_of(np.stack([labels[t] for t in ids[i : i + BATCH]])))
+                    seen = visit_scores(log_p, target.to(self.device))[:, rows[-1].shape[1]]
+                    losses.append(seen.cpu().numpy())
+                deepest.append(found.half().cpu().numpy())
         return {
             "ids": ids,
             "scores": np.concatenate(rows) if rows else np.zeros((0, 2), np.float32),
+            "features": np.concatenate(deepest) if deepest else np.zeros((0, 0), np.float16),
+            "loss": np.concatenate(losses) if loss else np.zeros(len(ids), np.float32),
             "bad": bad,
             "node": self.node(),
         }
+
+    def _labels(self, locations: list[dict]) -> dict[str, np.ndarray]:
+        """Stored labels of the good tiles; a pass over them is made once a run, so they are not kept."""
+        read = read_tiles(self.storage, locations, self.side)
+        return {t.tile_id: t.label for t in read if isinstance(t, Tile) and t.label is not None}
 
     def _images(self, locations: list[dict]) -> tuple[dict[str, np.ndarray], list[dict]]:
         missing = [at for at in locations if at["tile_id"] not in self.cache]
@@ -127,6 +155,10 @@ class Scores:
     """Sorted."""
     rows: np.ndarray
     """(n, 2 + C) float32: entropy, margin, mass of each class."""
+    features: np.ndarray
+    """(n, D) float16; D 0 if they were not asked for."""
+    loss: np.ndarray
+    """(n,) float32 mean cross-entropy; 0 if it was not asked for."""
     bad: list[BadTile]
     nodes: dict[str, int]
     """Node -> tiles scored there."""
@@ -175,6 +207,8 @@ def score_pool(
     locations: list[dict],
     *,
     side: int,
+    features: bool = False,
+    loss: bool = False,
 ) -> Scores:
     """Score tiles with a pool of scorers; every tile gets one score, whoever dies.
 
@@ -192,12 +226,13 @@ def score_pool(
     queues = {n: deque(range(n, len(chunks), len(scorers))) for n in living}
     flying: dict[Any, tuple[int, int]] = {}
     results: dict[int, dict[str, Any]] = {}
+    more = ({"features": True} if features else {}) | ({"loss": True} if loss else {})
 
     def feed(n: int) -> None:
         queue = queues[n] or max(queues.values(), key=len)
         if queue:
             k = queue.popleft()
-            flying[living[n].score.remote(sent, version, chunks[k], side, threads[n])] = (n, k)
+            flying[living[n].score.remote(sent, version, chunks[k], side, threads[n], **more)] = (n, k)
 
     for n in [*living, *living]:  # two in flight each, so that none waits for its next chunk
         feed(n)
@@ -237,4 +272,12 @@ def score_pool(
     width = max((p["scores"].shape[1] for p in parts), default=2)
     rows = [np.zeros((0, width), np.float32), *(p["scores"] for p in parts if len(p["ids"]))]
     ids = [t for p in parts for t in p["ids"]]
-    return Scores(ids, np.concatenate(rows), [BadTile(**b) for p in parts for b in p["bad"]], dict(nodes))
+    features_of = [p["features"] for p in parts if len(p["ids"])] or [np.zeros((0, 0), np.float16)]
+    return Scores(
+        ids,
+        np.concatenate(rows),
+        np.concatenate(features_of),
+        np.concatenate([np.zeros(0, np.float32), *(p["loss"] for p in parts)]),
+        [BadTile(**b) for p in parts for b in p["bad"]],
+        dict(nodes),
+    )

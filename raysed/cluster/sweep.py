@@ -27,11 +27,8 @@ from ray.util import placement_group_table
 
 from raysed import errors
 from raysed.cluster.connect import connect
-from raysed.cluster.launch import (
-    Stepper,
-    check_data,
-    check_run_paths,
-)
+from raysed.cluster.launch import Stepper
+from raysed.cluster.preflight import check_data, check_run_paths
 from raysed.cluster.room import secure
 from raysed.config import Experiment, with_overrides
 from raysed.core.acquisition import STRATEGIES

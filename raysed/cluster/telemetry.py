@@ -204,7 +204,7 @@ class TensorBoard:
         scalars |= {f"val/{k}": v for k, v in record["val"].items() if isinstance(v, (int, float))}
         scalars |= {f"val_iou/{k}": v for k, v in record["val"]["iou"].items() if v is not None}
         scalars |= {f"seconds/{k}": v for k, v in record["seconds"].items()}
-        if record["scores"]:
+        if record["scores"] and record["scores"]["entropy_mean"] is not None:  # losses alone have none
             scalars["scores/entropy_mean"] = record["scores"]["entropy_mean"]
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, manifest.cycle, walltime=time.time())

@@ -27,6 +27,8 @@ from raysed.core.defensive import defensive
 from raysed.core.passive import Select, class_random, epoch_queue, region_random
 from raysed.core.pool import Selection
 
+OF_LABELS = frozenset({"loss", "class_loss", "irreducible"})
+"""Columns of the scores that follow from labels."""
 FORWARD = frozenset({"entropy", "margin", "mass", "features"})
 """Columns of the scores that cost a forward pass over the pool; the others are left behind by training."""
 
@@ -60,6 +62,13 @@ class Strategy:
     select: Select
     needs: frozenset[str] = frozenset()
     """Columns of the scores."""
+    reads_labels: bool = False
+    """Whether it looks at the labels of tiles it may select."""
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether it cannot say which labels to buy."""
+        return self.reads_labels or bool(self.needs & OF_LABELS)
 
     @property
     def needs_scores(self) -> bool:
@@ -74,7 +83,7 @@ class Strategy:
 STRATEGIES = {
     "uniform": Strategy(uniform),
     "epoch-queue": Strategy(epoch_queue),
-    "class-random": Strategy(class_random()),
+    "class-random": Strategy(class_random(), reads_labels=True),
     "region-random": Strategy(region_random),
     "infobatch": Strategy(infobatch(), frozenset({"loss"})),
     "entropy": Strategy(top_entropy, frozenset({"entropy"})),

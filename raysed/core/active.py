@@ -204,24 +204,33 @@ def k_center(
     """Tiles that cover the space of features.
 
     Idea: each next tile is the one farthest from all chosen, so none is a near copy of another.
-    Formula: greedy 2-approximation of k-center under Euclidean distance, from a random first tile.
+    Formula: greedy 2-approximation of k-center under Euclidean distance.  Tiles that have features and cannot be selected, such
+    as those labelled already, are centers from the start; without any the first tile is random.
     Source: core-set selection (Sener and Savarese, ICLR 2018).
     Cost: a forward pass over the pool, then O(N k D): seconds for ten thousand tiles, out of the question for a million.
     Protocol: pool-based, redundant pools.
     """
     pool = Pool(scores, index)
-    features = pool.scores("features")
+    features = pool.scores("features").astype(np.float32)
     known = np.flatnonzero(~np.isnan(features).any(1))
     others = rng.permutation(np.setdiff1d(np.arange(len(pool)), known))
     steps = min(budget, len(known))
     chosen, radii = np.zeros(steps, int), np.zeros(steps)
     nearest, points = np.full(len(known), np.inf), features[known]
     squares = np.einsum("nd,nd->n", points, points)
-    at = int(rng.integers(max(len(known), 1)))
+
+    def reach(center: np.ndarray) -> np.ndarray:
+        """(N,) squared distance to the nearest center once there is this one too."""
+        distances = squares + center @ center - 2 * np.einsum("nd,d->n", points, center)
+        return np.minimum(nearest, np.maximum(distances, 0))
+
+    centers = pool.other_scores("features").astype(np.float32)
+    for center in centers:
+        nearest = reach(center)
+    at = int(rng.integers(max(len(known), 1))) if not len(centers) or not steps else int(nearest.argmax())
     for step in range(steps):
         chosen[step], radii[step] = at, nearest[at]
-        distances = squares + squares[at] - 2 * np.einsum("nd,d->n", points, points[at])
-        nearest = np.minimum(nearest, np.maximum(distances, 0))
+        nearest = reach(points[at])
         nearest[at] = -1
         at = int(nearest.argmax())
     reasons = [f"distance {r:.4f}" for r in np.sqrt(radii).tolist()] + ["not scored"] * (budget - steps)

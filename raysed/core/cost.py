@@ -1,4 +1,4 @@
-"""How long a run will take: an estimate, and called so."""
+"""What a run costs: an estimate of its time, and called so; and its passes, counted."""
 
 from dataclasses import dataclass
 
@@ -27,3 +27,19 @@ class Work:
     def seconds(self, speed: Speed) -> float:
         """Seconds of all cycles: `cycles (train / train speed + (score + validate) / forward speed)`."""
         return self.cycles * (self.train / speed.train + (self.score + self.validate) / speed.forward)
+
+
+BACKWARD = 3.0
+"""A training visit in forward passes: the backward pass computes two gradients for each product of the forward pass."""
+
+
+def forwards(*, trained: int, scored: int, scale: float, estimated: int) -> float:
+    """Forward passes of a full tile that a cycle's training and selection are worth; validation, alike for all, is left out.
+
+    Args:
+        trained: tiles.
+        scored: tiles of the scorers.
+        scale: side at which they were scored over the tile's side.
+        estimated: tiles that batch norm was estimated from.
+    """
+    return BACKWARD * trained + scored * scale**2 + estimated

@@ -19,6 +19,20 @@ def confusion(prediction: Tensor, target: Tensor, classes: int) -> Tensor:
     return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
+def grouped_confusion(prediction: Tensor, target: Tensor, classes: int, group: Tensor, groups: int) -> Tensor:
+    """(G, C, C) `confusion` of each group of tiles, such as those of one source image.
+
+    Args:
+        prediction, target: (B, H, W).
+        classes: C.
+        group: (B,) number of each tile's group.
+        groups: G.
+    """
+    known = target != VOID
+    pairs = target.long() * classes + prediction.long() + group.long()[:, None, None] * classes**2
+    return torch.bincount(pairs[known], minlength=groups * classes**2).reshape(groups, classes, classes)
+
+
 def soft_iou(probabilities: Tensor, target: Tensor) -> Tensor:
     """Legacy soft IoU of one batch, as OpenEarthMap's own code computes it: no argmax, mean over all C classes, an absent
     class scores about 0.  Logged beside the true IoU so that published numbers of that kind can be compared.

@@ -70,6 +70,20 @@ class Network(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         return self.net((image - self.mean) / self.std)
 
+    def with_features(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, and (B, D) the deepest features, mean over their pixels."""
+        deepest: list[Tensor] = []
+        bottom = self.net.down[-1] if isinstance(self.net, UNet) else self.net.encoder
+        assert isinstance(bottom, nn.Module)
+        hook = bottom.register_forward_hook(
+            lambda _module, _inputs, out: deepest.append(out[-1] if isinstance(out, list | tuple) else out)
+        )
+        try:
+            logits = self.forward(image)
+        finally:
+            hook.remove()
+        return logits, deepest[0].mean((2, 3))
+
 
 def build(arch: str, classes: int, seed: int, encoder_weights: str | None = None) -> Network:
     """A network on the CPU; the same (arch, classes, seed) gives the same initial weights.

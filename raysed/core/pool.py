@@ -19,6 +19,8 @@ class Selection:
     reasons: list[str]
     state: dict[str, Any] = field(default_factory=dict)
     """What the strategy wants to see again in the next cycle; JSON."""
+    bought: "Selection | None" = None
+    """The tiles whose labels are bought before training, where labels are."""
 
 
 class Pool:
@@ -46,6 +48,13 @@ class Pool:
     def scores(self, name: str) -> np.ndarray:
         """(N, width) column of lists of the scores, in its own float type; nan for a tile that has none; width 1 if none has."""
         return matrix(self._scored(name))
+
+    def other_scores(self, name: str) -> np.ndarray:
+        """(M, width) column of lists of the scores, of the tiles in order of tile_id that the index does not have; only known ones."""
+        assert self._scores is not None
+        others = self._scores.filter(pc.invert(pc.is_in(self._scores["tile_id"], self._ids)))
+        values = matrix(others.sort_by("tile_id")[name])
+        return values[~np.isnan(values).any(1)]
 
     @cached_property
     def pixels(self) -> np.ndarray:

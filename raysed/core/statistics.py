@@ -1,14 +1,16 @@
 """What curves and counts of several runs say: pure numbers, no run directory.  Letters: T cycles, S seeds, M source images, C classes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from raysed.core.metrics import class_iou
 
-_CHUNK = 500
-"""Bootstrap draws at a time: bounds the memory, to about 30 MB for 10 seeds and 8 classes."""
+LAST = 10
+"""The headline is the mean of the last so many cycles, never the best cycle on validation."""
+_CHUNK_BYTES = 64e6
+"""Memory for the counts of the bootstrap draws at a time."""
 
 
 def aulc(cost: Sequence[float], values: Sequence[float]) -> float:
@@ -22,6 +24,22 @@ def aulc(cost: Sequence[float], values: Sequence[float]) -> float:
     if (np.diff(x) <= 0).any():
         raise ValueError("cost must increase from cycle to cycle")
     return float(np.trapezoid(y, x) / (x[-1] - x[0])) if len(x) > 1 else float(y[0])
+
+
+def aulc_between(cost: Sequence[float], values: Sequence[float], low: float, high: float) -> float | None:
+    """`aulc` of the part of a curve between two costs, so that curves of other cost a cycle are compared over the same range.
+
+    Args:
+        cost: (T,) increasing.
+        values: (T,).
+        low, high: within the curve's costs, its values there by interpolation; None if high is not above low.
+    """
+    if high <= low:
+        return None
+    x, y = np.asarray(cost, float), np.asarray(values, float)
+    inside = (x > low) & (x < high)
+    at = np.r_[low, x[inside], high]
+    return aulc(at.tolist(), np.interp(at, x, y).tolist())
 
 
 def fluctuation(values: Sequence[float], last: float = 0.5) -> float:
@@ -55,15 +73,39 @@ class Difference:
     high: float
 
 
+def bootstrap_over_seeds(
+    differences: Sequence[float], rng: np.random.Generator, *, draws: int = 10_000, confidence: float = 0.95
+) -> Difference:
+    """Mean of paired differences and its percentile interval over seeds alone: too narrow for few of them, and not a number for one.
+
+    Args:
+        differences: (S,) of two arms, one a seed.
+        rng: of the draws.
+        draws: number of them.
+        confidence: of the interval.
+    """
+    values = np.asarray(differences, float)
+    if len(values) < 2:
+        return Difference(float(values.mean()), np.nan, np.nan)
+    means = values[rng.integers(len(values), size=(draws, len(values)))].mean(1)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Difference(float(values.mean()), float(low), float(high))
+
+
+Statistic = Callable[[np.ndarray], np.ndarray]
+"""(..., C, C) pixel counts to (...) a score of each."""
+
+
 def paired_bootstrap(
     one: np.ndarray,
     other: np.ndarray,
     rng: np.random.Generator,
     *,
+    statistic: Statistic | None = None,
     draws: int = 10_000,
     confidence: float = 0.95,
 ) -> Difference:
-    """Difference of mean IoU, `one` minus `other`, and its percentile interval over seeds and source images.
+    """Difference of mean IoU or another score, `one` minus `other`, and its percentile interval over seeds and source images.
 
     Each draw takes S seeds and M source images with replacement, the same for both arms, and the same images for every seed,
     since all seeds are validated on the same images (the pigeonhole bootstrap of Owen, Annals of Applied Statistics 2007).  A
@@ -71,8 +113,10 @@ def paired_bootstrap(
     together, since they are not independent.
 
     Args:
-        one, other: (S, M, C, C) pixel counts, row = truth; the same seeds and images in the same order.
+        one, other: (S, M, ..., C, C) pixel counts, row = truth; the same seeds and images in the same order.  Axes between, such
+            as cycles, are averaged over: the score is the mean of theirs.
         rng: of the draws.
+        statistic: the score; None is `mean_iou`.
         draws: number of them.
         confidence: of the interval.
     """
@@ -80,19 +124,21 @@ def paired_bootstrap(
         raise ValueError(
             f"arms must have the same seeds, sources and classes, got {one.shape} and {other.shape}"
         )
-    seeds, sources, classes, _ = one.shape
+    seeds, sources, *rest = one.shape
     both = np.stack([one, other]).astype(float)
-    by_source = both.transpose(2, 0, 1, 3, 4).reshape(sources, -1)
+    by_source = np.moveaxis(both, 2, 0).reshape(sources, -1)
+    score = statistic or mean_iou
 
     def differences(times: np.ndarray) -> np.ndarray:
         """(B, S) of (B, M) times that each source occurs."""
-        summed = (times @ by_source).reshape(len(times), 2, seeds, classes, classes)
-        iou = _mean_iou(summed)
-        return iou[:, 0] - iou[:, 1]
+        summed = (times @ by_source).reshape(len(times), 2, seeds, *rest)
+        found = score(summed).reshape(len(times), 2, seeds, -1).mean(-1)
+        return found[:, 0] - found[:, 1]
 
     found = []
-    for start in range(0, draws, _CHUNK):
-        size = min(_CHUNK, draws - start)
+    chunk = max(1, int(_CHUNK_BYTES / (16 * seeds * np.prod(rest))))
+    for start in range(0, draws, chunk):
+        size = min(chunk, draws - start)
         seed_times = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size)
         source_times = rng.multinomial(sources, np.full(sources, 1 / sources), size)
         found.append((differences(source_times.astype(float)) * seed_times).sum(1) / seeds)
@@ -100,8 +146,24 @@ def paired_bootstrap(
     return Difference(float(differences(np.ones((1, sources))).mean()), float(low), float(high))
 
 
-def _mean_iou(counts: np.ndarray) -> np.ndarray:
+def mean_iou(counts: np.ndarray) -> np.ndarray:
     """(...) mean IoU of (..., C, C) counts over the classes that have truth pixels; 0 if none has."""
     iou = class_iou(counts)
     present = ~np.isnan(iou)
     return np.nan_to_num(iou).sum(-1) / np.maximum(present.sum(-1), 1)
+
+
+def worst_iou(counts: np.ndarray) -> np.ndarray:
+    """(...) IoU of the worst class of (..., C, C) counts among those that have truth pixels; 0 if none has."""
+    iou = class_iou(counts)
+    return np.where(np.isnan(iou).all(-1), 0, np.nan_to_num(iou, nan=np.inf).min(-1))
+
+
+def iou_variation(counts: np.ndarray) -> np.ndarray:
+    """(...) standard deviation over mean of the class IoU of (..., C, C) counts, over the classes that have truth pixels."""
+    iou = class_iou(counts)
+    present = ~np.isnan(iou)
+    n = np.maximum(present.sum(-1), 1)
+    mean = np.nan_to_num(iou).sum(-1) / n
+    squares = np.where(present, (iou - mean[..., None]) ** 2, 0).sum(-1) / n
+    return np.sqrt(squares) / np.maximum(mean, 1e-12)

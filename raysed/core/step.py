@@ -14,10 +14,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from raysed.core.counts import confusion, soft_iou
+from raysed.core.averaging import Average
+from raysed.core.batchnorm import BatchNormStatistics
+from raysed.core.counts import grouped_confusion, soft_iou
 from raysed.core.losses import focal_loss_sum
 from raysed.core.randomness import keyed_seed
 from raysed.core.tiles import target_of
@@ -25,6 +26,8 @@ from raysed.core.uncertainty import log_probabilities, visit_scores
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 Precision = Literal["fp32", "bf16", "fp16"]
+_TRAINING, _AGE = "training/", "average/steps"
+"""Names in the optimiser's state."""
 
 
 def resolve_precision(wanted: str, device: torch.device) -> Precision:
@@ -39,59 +42,19 @@ def resolve_precision(wanted: str, device: torch.device) -> Precision:
     return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
 
 
+def to_images(images: np.ndarray, device: torch.device) -> Tensor:
+    """(B, H, W, 3) uint8 to (B, 3, H, W) float32 in [0, 1], channels last."""
+    return torch.from_numpy(images).to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
+
+
 def to_device(images: np.ndarray, labels: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     """(B, H, W, 3) uint8 and stored (B, H, W) labels to (B, 3, H, W) float32 in [0, 1], channels last, and uint8 targets."""
-    x = torch.from_numpy(images).to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
-    return x, torch.from_numpy(target_of(labels)).to(device, non_blocking=True)
+    return to_images(images, device), torch.from_numpy(target_of(labels)).to(device, non_blocking=True)
 
 
 def learning_rate(base: float, schedule: str, step: int, steps: int) -> float:
     """Learning rate of a step (0-based) out of all steps of the run."""
     return base * 0.5 * (1 + math.cos(math.pi * step / steps)) if schedule == "cosine" else base
-
-
-class BatchNormStatistics:
-    """Running mean and variance of all batch-norm layers as one flat tensor.
-
-    Layers run with momentum 1, so that after a forward pass the flat tensor holds that micro-batch's own statistics; `merge`
-    then applies the moving average of each layer in micro-batch order.  A young average is the plain mean of what it has seen:
-    the momentum of the n-th micro-batch is at least 1 / n.  Without that an EfficientNet (momentum 0.01) evaluates with little
-    but its initial values for the first hundred micro-batches.
-    """
-
-    def __init__(self, net: nn.Module) -> None:
-        layers = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-        buffers = [(m, name) for m in layers for name in ("running_mean", "running_var")]
-        tensors = [getattr(m, name) for m, name in buffers]
-        device = next(net.parameters()).device
-        self.flat = torch.cat([torch.empty(0, device=device), *(t.flatten() for t in tensors)])
-        self.momentum = torch.cat(
-            [
-                torch.empty(0, device=device),
-                *(torch.full_like(t, m.momentum or 0.0) for (m, _), t in zip(buffers, tensors, strict=True)),
-            ]
-        )
-        offset = 0
-        for (layer, name), tensor in zip(buffers, tensors, strict=True):
-            setattr(layer, name, self.flat[offset : offset + tensor.numel()])
-            offset += tensor.numel()
-        for layer in layers:
-            layer.momentum = 1.0
-        self.counters = [m.num_batches_tracked for m in layers if m.num_batches_tracked is not None]
-
-    def merge(self, before: tuple[Tensor, Tensor], statistics: list[Tensor]) -> None:
-        """Set the running values to those of `before` (from `now`), moved by each micro-batch's statistics in turn."""
-        flat, count = before
-        for k, own in enumerate(statistics, start=1):
-            flat = torch.lerp(flat, own, torch.clamp(self.momentum, min=1 / (int(count) + k)))
-        self.flat.copy_(flat)
-        for counter in self.counters:
-            counter.copy_(count + len(statistics))
-
-    def now(self) -> tuple[Tensor, Tensor]:
-        """Copies of the flat tensor and of the number of batches seen."""
-        counter = self.counters[0].clone() if self.counters else torch.zeros((), dtype=torch.int64)
-        return self.flat.clone(), counter
 
 
 def weights_of(net: nn.Module) -> dict[str, Tensor]:
@@ -104,7 +67,7 @@ class Totals:
     """Sums of one evaluation; sums over ranks add up."""
 
     counts: Tensor
-    """(C, C) int64 confusion counts."""
+    """(G, C, C) int64 confusion counts of each group of tiles."""
     sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
     """Focal loss, known pixels, soft IoU, batches."""
 
@@ -126,6 +89,8 @@ class MicroBatch:
 class Learner:
     """A network in training on one rank: weights, Adam state, batch-norm statistics, precision.
 
+    What scores, is evaluated and is committed are the weights in training, unless `ema` sets them apart; then it is `served`, and the weights in training are part of the optimiser's state.
+
     Args:
         net: on its device already.
         alpha: (C,) float32 class weights.
@@ -133,6 +98,9 @@ class Learner:
         batch: tiles a step over all ranks; the loss is summed over its pixels and divided by batch x H x W.
         precision: of the forward pass.
         ordered_sums: sum gradients in micro-batch order instead of by DDP.
+        weight_decay: decoupled (Loshchilov and Hutter, ICLR 2019), on kernels alone: not on biases and norms.
+        clip: highest norm of a step's gradient over all parameters; None is no limit.
+        ema: decay of the average of the weights; 0 is off.
     """
 
     def __init__(
@@ -144,6 +112,9 @@ class Learner:
         batch: int,
         precision: Precision,
         ordered_sums: bool = False,
+        weight_decay: float = 0.0,
+        clip: float | None = None,
+        ema: float = 0.0,
     ) -> None:
         self.net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.device = next(net.parameters()).device
@@ -152,22 +123,28 @@ class Learner:
         )
         self.alpha = torch.from_numpy(alpha).to(self.device)
         self.gamma, self.batch, self.precision, self.ordered_sums = gamma, batch, precision, ordered_sums
-        self.norm = BatchNormStatistics(net)
-        self.parameters = {n: p for n, p in net.named_parameters() if p.requires_grad}
-        self.adam = torch.optim.Adam(self.parameters.values(), betas=(0.9, 0.999))
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")  # type: ignore[attr-defined]
-        self.wrapped: nn.Module = net
+        self.clip = clip
         if self.workers > 1:
             for tensor in (*net.parameters(), *net.buffers()):
                 dist.broadcast(tensor.data, 0)
-            if not ordered_sums:
-                self.wrapped = DistributedDataParallel(
-                    net,
-                    device_ids=[self.device.index] if self.device.type == "cuda" else None,
-                    broadcast_buffers=False,
-                    init_sync=False,
-                    gradient_as_bucket_view=True,
-                )
+        self.average = Average(net, ema) if ema else None
+        self.served: nn.Module = self.average.net if self.average else net
+        self.norm = BatchNormStatistics(net)
+        self.parameters = {n: p for n, p in net.named_parameters() if p.requires_grad}
+        kernels = [p for p in self.parameters.values() if p.ndim > 1]
+        others = [p for p in self.parameters.values() if p.ndim <= 1]
+        groups = [{"params": kernels, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.999))
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")  # type: ignore[attr-defined]
+        self.wrapped: nn.Module = net
+        if self.workers > 1 and not ordered_sums:
+            self.wrapped = DistributedDataParallel(
+                net,
+                device_ids=[self.device.index] if self.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                init_sync=False,
+                gradient_as_bucket_view=True,
+            )
 
     def step(
         self,
@@ -225,9 +202,40 @@ class Learner:
         if gradients:
             self._set_gradients(self._in_order(gradients, total))
         self.norm.merge(before, self._in_order(statistics, total))
+        if (
+            self.clip is not None
+        ):  # all ranks hold the sum over all micro-batches by now, and so the same norm
+            self.scaler.unscale_(self.adam)
+            nn.utils.clip_grad_norm_(self.parameters.values(), self.clip)
         self.scaler.step(self.adam)
         self.scaler.update()
+        if self.average:
+            self.average.follow(self.net, self.norm)
         return done
+
+    @torch.no_grad()
+    def estimate(self, steps: Iterable[tuple[list[tuple[int, Tensor]], int]]) -> None:
+        """Batch norm of the served weights from these micro-batches: the mean of their statistics under the served weights.
+
+        The averaged weights never computed the running statistics that were averaged with them.  Only batch norm is in training
+        mode, so that nothing else is random.
+
+        Args:
+            steps: of each step the numbers and (B, 3, H, W) images of this rank's micro-batches, and how many of all ranks hold
+                tiles (see `step`); none changes nothing.
+        """
+        found: list[Tensor] = []
+        for micro_batches, total in steps:
+            assert self.average is not None
+            own = {}
+            for number, images in micro_batches:
+                with self.average.estimating(), self._autocast():
+                    self.average.net(images)
+                if number < total:
+                    own[number] = self.average.norm.flat.clone()
+            found += self._in_order(own, total)
+        if self.average and found:
+            self.average.norm.set(torch.stack(found).mean(0), self.norm.now()[1])
 
     def _autocast(self) -> torch.autocast:
         dtype = DTYPES[self.precision]
@@ -260,15 +268,20 @@ class Learner:
             offset += p.numel()
 
     @torch.inference_mode()
-    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Totals:
-        """Confusion counts, focal loss and legacy soft IoU over batches of (images, targets), summed over all ranks."""
-        self.net.eval()
+    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor, Tensor]], groups: int) -> Totals:
+        """Confusion counts, focal loss and legacy soft IoU, summed over all ranks.
+
+        Args:
+            batches: images, targets, and (B,) number of the group, such as the source image, that each tile counts for.
+            groups: G.
+        """
+        self.served.eval()
         classes = len(self.alpha)
-        totals = Totals(torch.zeros(classes, classes, dtype=torch.int64, device=self.device))
+        totals = Totals(torch.zeros(groups, classes, classes, dtype=torch.int64, device=self.device))
         sums = totals.sums.to(self.device)
-        for images, target in batches:
+        for images, target, group in batches:
             with self._autocast():
-                logits = self.net(images)
+                logits = self.served(images)
             log_p = log_probabilities(logits)
             loss = focal_loss_sum(log_p, target, self.alpha, self.gamma)
             known = (target < classes).sum()
@@ -276,7 +289,7 @@ class Learner:
             sums += torch.stack(
                 [loss.double(), known.double(), soft.double(), torch.ones_like(loss).double()]
             )
-            totals.counts += confusion(logits.argmax(1), target, classes)
+            totals.counts += grouped_confusion(logits.argmax(1), target, classes, group, groups)
         if self.workers > 1:
             dist.all_reduce(totals.counts)
             dist.all_reduce(sums)
@@ -286,31 +299,38 @@ class Learner:
     @torch.inference_mode()
     def predict(self, images: Tensor) -> Tensor:
         """(B, H, W) uint8 class indices of (B, 3, H, W) images, on the CPU."""
-        self.net.eval()
+        self.served.eval()
         with self._autocast():
-            return self.net(images).argmax(1).to(torch.uint8).cpu()
+            return self.served(images).argmax(1).to(torch.uint8).cpu()
 
     def weights(self) -> dict[str, Tensor]:
-        """All parameters and buffers by name, on the CPU, contiguous: what is committed and what scorers load."""
-        return weights_of(self.net)
+        """All served parameters and buffers by name, on the CPU, contiguous: what is committed and what scorers load."""
+        return weights_of(self.served)
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Inverse of `weights`."""
+        """Inverse of `weights`; `load_optimizer_state` then restores the weights in training, where they are others."""
         self.net.load_state_dict(weights)
+        if self.average:
+            self.average.net.load_state_dict(weights)
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Adam's moments and step count as `<parameter>.<name>`, and the fp16 loss scale; empty before the first step."""
+        """Adam's moments and step count as `<parameter>.<name>`, the fp16 loss scale, and of averaged weights their age and the
+        weights in training as `training/<name>`; Adam has nothing before the first step.
+        """
         state = {
             f"{name}.{kind}": value.detach().cpu().clone().contiguous()
             for name, p in self.parameters.items()
             for kind, value in self.adam.state.get(p, {}).items()
         }
-        return state | (
-            {"loss_scale": torch.tensor(self.scaler.get_scale())} if self.scaler.is_enabled() else {}
-        )
+        if self.scaler.is_enabled():
+            state["loss_scale"] = torch.tensor(self.scaler.get_scale())
+        if self.average:
+            state |= {_TRAINING + n: t for n, t in weights_of(self.net).items()}
+            state[_AGE] = torch.tensor(self.average.steps)
+        return state
 
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
-        """Inverse of `optimizer_state`."""
+        """Inverse of `optimizer_state`; a state without an average begins one."""
         for name, p in self.parameters.items():
             kinds = {k: state[f"{name}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
             self.adam.state[p] = {
@@ -318,3 +338,8 @@ class Learner:
             }
         if self.scaler.is_enabled():
             self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": float(state["loss_scale"])})
+        if _AGE in state:
+            own = {n.removeprefix(_TRAINING): t for n, t in state.items() if n.startswith(_TRAINING)}
+            self.net.load_state_dict(own)
+            if self.average:
+                self.average.steps = int(state[_AGE])

@@ -3,6 +3,8 @@
 config.json                 the experiment and the data set it runs on, and from which cycle on
 leases/000001.json          who holds the run; the highest number does, and its number is the fencing token
 cycle_0007/                 model.safetensors optimizer.safetensors scores.parquet selected.parquet state.json
+                            bought.parquet of a round that buys labels, sources.parquet of the last cycles
+labelling/ labelled/        picks that went out to people, labels that came back: see io/people.py
 cycle_0007/manifest.json    sizes and hashes of the files, metrics, seconds: written last and only once, the commit
 cycle_0007/step_000120/     a commit inside the cycle, of the same kind; gone when the cycle is committed
 cycles.jsonl summary.json tensorboard/ report.html     derived from the manifests, can be rebuilt
@@ -31,7 +33,9 @@ import pyarrow.parquet as pq
 from raysed.config import Experiment
 from raysed.core import metrics
 from raysed.core.acquisition import STRATEGIES, Selection
+from raysed.core.labelling import by_chance, pool_cycle
 from raysed.core.randomness import keyed_rng
+from raysed.core.splits import selectable
 from raysed.errors import DataError, RunHeldError, StorageError, UsageError
 from raysed.io.storage import Storage, digest
 
@@ -39,7 +43,10 @@ FORMAT = 2
 KEEP_EVERY = 10
 """Weights of every tenth cycle are kept, besides those of the newest two; optimiser state of the newest two only."""
 _NEEDED = ("model.safetensors", "optimizer.safetensors", "state.json")
-MAY_CHANGE = ("run", "cluster.", "data.", "model.init", "baseline", "allow_config_change")
+MAY_CHANGE = (
+    *("run", "cluster.", "data.uri", "data.bad_tile_budget", "model.init", "baseline"),
+    "allow_config_change",
+)
 """Fields that may differ when a run is continued; data set and initial model are compared by their hashes instead."""
 
 
@@ -321,6 +328,19 @@ def selection_table(selection: Selection) -> pa.Table:
     )
 
 
+def source_table(sources: list[str], counts: np.ndarray) -> pa.Table:
+    """`sources.parquet`: source image, counts (C x C confusion matrix in rows of truth) on its validation tiles.
+
+    Args:
+        sources: names of M source images.
+        counts: (M, C, C) int64.
+    """
+    rows = counts.reshape(len(sources), -1)
+    return pa.table(
+        {"source": pa.array(sources, pa.string()), "counts": pa.array(list(rows), pa.list_(pa.int64()))}
+    )
+
+
 def choose(
     experiment: Experiment,
     cycle: int,
@@ -344,18 +364,48 @@ def choose(
         UsageError: the strategy needs scores that this run does not have.
     """
     strategy = STRATEGIES[experiment.select.strategy]
-    if missing := strategy.missing(scores):
+    if experiment.scores_before(cycle) and (missing := strategy.missing(scores)):
         raise UsageError(
             f"strategy {experiment.select.strategy} needs the scores {', '.join(missing)}, which this run does not record: "
             "choose another --select"
         )
     bad = pa.array(sorted(excluded), pa.string())
-    usable = pc.and_(pc.is_valid(index["label_offset"]), pc.invert(pc.is_in(index["tile_id"], bad)))
-    labelled = index.filter(usable)
-    budget = experiment.select.budget(len(labelled))
+    pool = selectable(index, experiment.data.held_out, unlabelled=experiment.asks_people)
+    pool = pool.filter(pc.invert(pc.is_in(pool["tile_id"], bad)))
+    budget = experiment.select.budget(len(pool))
+    if experiment.buys_labels:
+        return _buy_and_choose(experiment, cycle, scores=scores, pool=pool, state=state, budget=budget)
     facts = {"progress": cycle / max(experiment.cycles - 1, 1)}
     rng = keyed_rng("select", experiment.seed, cycle)
-    return strategy.select(scores, labelled, {**state, **facts}, budget, rng)
+    return strategy.select(scores, pool, {**state, **facts}, budget, rng)
+
+
+def _buy_and_choose(
+    experiment: Experiment,
+    cycle: int,
+    *,
+    scores: pa.Table | None,
+    pool: pa.Table,
+    state: dict[str, Any],
+    budget: int,
+) -> Selection:
+    number, rounds = cycle // experiment.pool.cycles, -(-experiment.cycles // experiment.pool.cycles)
+    facts = {"progress": number / max(rounds - 1, 1)}
+
+    rng = keyed_rng("select", experiment.seed, cycle)
+
+    def by_strategy(left: pa.Table, own: dict[str, Any], buys: int) -> Selection:
+        return STRATEGIES[experiment.select.strategy].select(scores, left, {**own, **facts}, buys, rng)
+
+    return pool_cycle(
+        pool,
+        state,
+        number=number,
+        buys=experiment.pool.buys(cycle, len(pool)),
+        choice=by_strategy if cycle else by_chance(keyed_rng("start", experiment.seed)),
+        budget=budget,
+        rng=keyed_rng("labelled", experiment.seed, cycle),
+    )
 
 
 def verify(ledger: Ledger, index: pa.Table) -> list[str]:
@@ -393,6 +443,8 @@ def verify(ledger: Ledger, index: pa.Table) -> list[str]:
                 state=before,
                 excluded=set(own["excluded"]),
             )
+            if again.bought and selection_table(again.bought) != ledger.table(manifest, "bought.parquet"):
+                wrong.append(f"cycle {manifest.cycle}: the labels bought differ from those of the replay")
             if selection_table(again) != ledger.table(manifest, "selected.parquet"):
                 wrong.append(f"cycle {manifest.cycle}: the replayed selection differs from the committed one")
         except DataError as error:

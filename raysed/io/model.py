@@ -251,7 +251,7 @@ def of_run(uri: str, cycle: int | None = None, data: str | None = None) -> Model
         DataError: no weights that verify.
     """
     ledger = Ledger(Storage(uri))
-    manifest, data_of_weights = _weights(ledger, cycle)
+    manifest, data_of_weights = weights_of_run(ledger, cycle)
     experiment, dataset_hash = ledger.config(manifest.cycle)
     store = Store.open(data or str(experiment.data.uri), dataset_hash)
     state = checkpoint.unpack(data_of_weights, f"{folder(manifest.cycle)}/{WEIGHTS}")
@@ -278,7 +278,8 @@ def of_run(uri: str, cycle: int | None = None, data: str | None = None) -> Model
     return Model(record, weights)
 
 
-def _weights(ledger: Ledger, cycle: int | None) -> tuple[Manifest, bytes]:
+def weights_of_run(ledger: Ledger, cycle: int | None) -> tuple[Manifest, bytes]:
+    """The weights of a cycle, or the newest that verify; arguments and errors are those of `of_run`."""
     ledger.config()  # no run here: says so
     manifests = ledger.manifests()
     if not manifests:

@@ -25,6 +25,21 @@ def environment() -> dict[str, Any]:
     }
 
 
+def is_committed(path: Path) -> bool:
+    """Whether a file stands in the newest commit of its git repository just as it is on disk."""
+    git = ["git", "-C", str(path.resolve().parent)]
+    try:
+        tree = subprocess.run(
+            [*git, "rev-parse", f"HEAD:./{path.name}"], capture_output=True, text=True, timeout=10, check=True
+        )
+        here = subprocess.run(
+            [*git, "hash-object", path.name], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return tree.stdout == here.stdout
+
+
 def _commit() -> str:
     root = Path(__file__).resolve().parents[2]
     git = ["git", "-C", str(root)]

@@ -605,6 +605,23 @@ def ground_size(crs: str | None, transform: Sequence[float] | None) -> tuple[flo
     return math.hypot(b, e) * unit, math.hypot(a, d) * unit
 
 
+def corners(
+    crs: str | None, transform: Sequence[float] | None, side: int
+) -> list[tuple[float, float]] | None:
+    """Longitude and latitude (WGS 84) of a tile's four corners, counter-clockwise on a map whose north is up; None without a
+    place on earth.
+    """
+    if not crs or transform is None:
+        return None
+    from rasterio.warp import transform as moved
+
+    a, b, c, d, e, f = transform
+    at = [(0, 0), (side, 0), (side, side), (0, side)]  # row, column
+    xs, ys = [a * col + b * row + c for row, col in at], [d * col + e * row + f for row, col in at]
+    longitudes, latitudes = moved(crs, "EPSG:4326", xs, ys)[:2]
+    return [(round(x, 9), round(y, 9)) for x, y in zip(longitudes, latitudes, strict=True)]
+
+
 def _crs(crs: Any) -> str | None:
     if not crs:
         return None

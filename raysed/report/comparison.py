@@ -17,6 +17,7 @@ from raysed.io.storage import Storage
 from raysed.report import figures, runfile
 from raysed.report.runfile import RunFile
 from raysed.report.summary import FIRST_CORRECT, LAST, SCALARS
+from raysed.report.tables import markdown
 
 Row = dict[str, Any]
 RATIOS = (("b0", "unet"), ("b4", "unet"), ("b0-active", "b0"))
@@ -273,14 +274,14 @@ def tables(rows: list[Row], runs: Sequence[RunFile]) -> str:
     return "\n".join(
         [
             f"{_facts(runs)}\n\n{NOTE}\n",
-            _table("Result", head, result) + _constant(look),
-            _table("IoU by class", ["class", *(n if k == "here" else f"{n}, paper" for n, k in both)], table2),
-            _table(f"First cycle in which a class is found (IoU above {FIRST_CORRECT})", ["class", *names], first),
-            _table("Fluctuation of the IoU of a class from cycle to cycle", ["class", *names], moves),
-            _table("Seconds", ["run", *phases, "a warm cycle", "paper, total"], seconds),
-            _table("Ratios of a warm cycle's seconds", ["runs", "here", "paper"], ratios),
-            _table(f"Networks; the paper gives neither number.  Forward pass: {_timed(runs)}", ["run", "parameters", "forward, ms"], nets),
-            _table(f"Validation under disturbance, weights of the last cycle, {_tiles(runs)} tiles", ["run", *conditions], robust) if conditions else "",
+            markdown("Result", head, result) + _constant(look),
+            markdown("IoU by class", ["class", *(n if k == "here" else f"{n}, paper" for n, k in both)], table2),
+            markdown(f"First cycle in which a class is found (IoU above {FIRST_CORRECT})", ["class", *names], first),
+            markdown("Fluctuation of the IoU of a class from cycle to cycle", ["class", *names], moves),
+            markdown("Seconds", ["run", *phases, "a warm cycle", "paper, total"], seconds),
+            markdown("Ratios of a warm cycle's seconds", ["runs", "here", "paper"], ratios),
+            markdown(f"Networks; the paper gives neither number.  Forward pass: {_timed(runs)}", ["run", "parameters", "forward, ms"], nets),
+            markdown(f"Validation under disturbance, weights of the last cycle, {_tiles(runs)} tiles", ["run", *conditions], robust) if conditions else "",
         ]
     )  # fmt: skip
 
@@ -319,15 +320,6 @@ class _Look:
 
     def either(self, name: str, metric: str, kind: str, digits: int = 4) -> str:
         return self.mean(name, metric, digits) if kind == "here" else self.paper(name, metric, digits)
-
-
-def _table(title: str, head: list[str], rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(_cell(c) for c in row)} |" for row in (head, *rows)]
-    return "\n".join([f"## {title}\n", lines[0], "|---" * len(head) + "|", *lines[1:], ""]) if rows else ""
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def _constant(look: _Look) -> str:

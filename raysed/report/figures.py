@@ -103,6 +103,27 @@ def class_curves(arms: Arms, names: Sequence[str], *, legend: bool = True) -> st
 
 
 @_STYLE
+def band_curves(panels: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]]) -> str:
+    """Validation mIoU over a cost, one panel a cost: mean over seeds, and a band from the lowest to the highest.
+
+    Args:
+        panels: name of the cost -> arm -> (S, T) cost and (S, T) mIoU.
+    """
+    figure = _figure(WIDE * len(panels), 1.3 * PANEL[1], fixed_margins=False)
+    for axes, (title, arms) in zip(_axes(figure, len(panels), len(panels)), panels.items(), strict=True):
+        for number, (arm, (cost, values)) in enumerate(arms.items()):
+            style = ("-", "--", ":")[number // len(ARM_COLORS) % 3]
+            at, color = cost.mean(0), color_of(arms, arm)
+            if len(values) > 1:
+                axes.fill_between(at, values.min(0), values.max(0), color=color, alpha=0.18, linewidth=0)
+            axes.plot(at, values.mean(0), style, color=color, linewidth=1.6, label=arm)
+        axes.set_title("miou")
+        axes.set_xlabel(title)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return _svg(figure)
+
+
+@_STYLE
 def seconds_bars(arms: Arms, shown: Sequence[str], *, legend: bool = True) -> str:
     """Seconds by phase of every cycle, stacked, one panel an arm.
 

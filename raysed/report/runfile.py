@@ -1,4 +1,4 @@
-"""The small result file of one run of a comparison: all that tables and figures need, when weights are long gone.
+"""The small result file of one run of a comparison or of the evidence: all that tables and figures need, when weights are long gone.
 
 JSON lines: first the facts of the run (name, seed, configuration, data set, environment, network, robustness), then a line a
 cycle with the manifest's own numbers and the sha256 of the manifest that they come from.
@@ -8,15 +8,20 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from raysed.config import Experiment
+from raysed.core import diagnostics
+from raysed.core.splits import training_rows, validation_rows
+from raysed.core.statistics import LAST
 from raysed.errors import DataError, UsageError
-from raysed.io.ledger import Ledger, Manifest, config_hash, folder
+from raysed.io.ledger import MAY_CHANGE, Ledger, Manifest, config_hash, folder, verify
 from raysed.io.storage import Storage, digest
 from raysed.io.store import Store
 from raysed.report.robustness import network_facts, robustness
 
 FORMAT = 1
-_KEPT = ("strategy", "tiles", "quarantined", "train", "val", "scores", "seconds")
+_KEPT = ("strategy", "tiles", "labelled", "estimated", "quarantined", "train", "val", "scores", "seconds")
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,8 @@ class RunFile:
     seed: int
     facts: dict[str, Any]
     """config, config_hash, data {name, hash, train, val, tile_size}, environment, device, precision, workers, threads; after the
-    last cycle also network {parameters, forward_ms, ...} and robustness {condition: scores}."""
+    last cycle also, of a comparison, network {parameters, forward_ms, ...} and robustness {condition: scores}, of the evidence,
+    replay (what does not verify), picks (see `picks_of`) and sources {names, counts}: (T, M, C, C) of the last T cycles."""
     cycles: list[Manifest] = field(default_factory=list)
     """With no files but the digest of the manifest itself."""
 
@@ -36,8 +42,12 @@ class RunFile:
     def path(self) -> str:
         return file_of(self.name, self.seed)
 
-    def is_finished(self, experiment: Experiment) -> bool:
+    def is_finished(self, experiment: Experiment, last: str = "robustness") -> bool:
         """Whether this is all of that experiment.
+
+        Args:
+            experiment: the run as it is wanted now.
+            last: the fact that is only known of a finished run.
 
         Raises:
             UsageError: it is of another configuration, with the difference.
@@ -47,12 +57,12 @@ class RunFile:
             differs = [
                 f"{k}: {a!r} there, {b!r} now"
                 for k, (a, b) in then.differences(experiment).items()
-                if not k.startswith(("run", "cluster.", "data.", "baseline", "allow"))
+                if not k.startswith(MAY_CHANGE)
             ]
             raise UsageError(
                 f"{self.path} holds a run of another configuration ({'; '.join(differs)}): choose another --run and --results"
             )
-        return len(self.cycles) >= experiment.cycles and "robustness" in self.facts
+        return len(self.cycles) >= experiment.cycles and last in self.facts
 
     def to_bytes(self) -> bytes:
         """The file."""
@@ -89,8 +99,16 @@ def read(storage: Storage, path: str) -> RunFile:
     return RunFile(name, seed, head, cycles)
 
 
-def collect(run: Storage, name: str, seed: int, store: Store) -> RunFile:
-    """What a run directory holds so far; after its last cycle its network is measured too, which takes minutes.
+def collect(run: Storage, name: str, seed: int, store: Store, *, evidence: bool = False) -> RunFile:
+    """What a run directory holds so far.
+
+    Args:
+        run: the directory.
+        name: of the experiment.
+        seed: of the run.
+        store: its tile store.
+        evidence: of a finished run take what evidence needs: its selections replayed and described, the counts of each source.
+            Otherwise its network is measured, which takes minutes.
 
     Raises:
         UsageError: no run there.
@@ -106,14 +124,18 @@ def collect(run: Storage, name: str, seed: int, store: Store) -> RunFile:
             "name": store.dataset.name,
             "hash": dataset_hash,
             "tile_size": store.dataset.tile_size,
-            "train": len(store.split("train")),
-            "val": len(store.split("val")),
+            "train": len(training_rows(store.index, experiment.data.held_out)),
+            "val": len(validation_rows(store.index, experiment.data.validation, experiment.data.held_out)),
         },
     }
     if manifests:
         record = manifests[-1].record
         facts |= {k: record[k] for k in ("environment", "device", "precision", "workers", "threads")}
-    if len(manifests) >= experiment.cycles:
+    if len(manifests) >= experiment.cycles and evidence:
+        facts["picks"] = picks_of(ledger, manifests, store, experiment)
+        facts["sources"] = sources_of(ledger, manifests)
+        facts["replay"] = verify(ledger, store.split("train"))
+    elif len(manifests) >= experiment.cycles:
         facts["network"] = network_facts(experiment, store)
         facts["robustness"] = robustness(ledger, manifests[-1], store)
     cycles = [
@@ -125,8 +147,37 @@ def collect(run: Storage, name: str, seed: int, store: Store) -> RunFile:
                     "bytes": 0,
                 }
             },
-            {k: m.record[k] for k in _KEPT},
+            {k: m.record[k] for k in _KEPT if k in m.record},
         )
         for m in manifests
     ]
     return RunFile(name, seed, facts, cycles)
+
+
+def picks_of(
+    ledger: Ledger, manifests: list[Manifest], store: Store, experiment: Experiment
+) -> dict[str, Any]:
+    """What a run selected: coverage after each cycle, repeats, shares of classes and regions in its picks and in the pool."""
+    pool = training_rows(store.index, experiment.data.held_out)
+    names = [c.name for c in store.dataset.classes]
+    cycles = [ledger.table(m, "selected.parquet")["tile_id"].to_pylist() for m in manifests]
+    every = [t for ids in cycles for t in ids]
+    return {
+        "coverage": [round(c, 4) for c in diagnostics.coverage(cycles, len(pool))],
+        "repeats": [round(r, 4) for r in diagnostics.repeats(cycles)],
+        "classes": diagnostics.class_shares(pool, names, every),
+        "pool_classes": diagnostics.class_shares(pool, names),
+        "regions": diagnostics.region_shares(pool, every),
+        "pool_regions": diagnostics.region_shares(pool),
+    }
+
+
+def sources_of(ledger: Ledger, manifests: list[Manifest]) -> dict[str, Any]:
+    """names of the M source images, counts: (T, M, C, C) of the last T cycles."""
+    tables = [ledger.table(m, "sources.parquet") for m in manifests[-LAST:]]
+    counts = [np.array(t["counts"].to_pylist(), int) for t in tables]
+    side = round(counts[0].shape[1] ** 0.5)
+    return {
+        "names": tables[0]["source"].to_pylist(),
+        "counts": [c.reshape(len(c), side, side).tolist() for c in counts],
+    }

@@ -5,12 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from raysed.core.statistics import first_above, fluctuation, mean_of_last
+from raysed.core.statistics import LAST, first_above, fluctuation, mean_of_last
 from raysed.io.ledger import Ledger, Manifest
 from raysed.io.storage import Storage
 
-LAST = 10
-"""The headline is the mean of the last so many cycles, never the best cycle on validation."""
 SCALARS = (
     "miou",
     "iou_micro",

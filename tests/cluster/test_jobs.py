@@ -14,6 +14,16 @@ from raysed.io.storage import Storage, digest
 from raysed.io.store import Store
 
 pytestmark = pytest.mark.ray
+STABLE = [
+    "--optim.ema",
+    "0.99",
+    "--optim.norm-tiles",
+    "32",
+    "--optim.clip",
+    "1",
+    "--optim.weight-decay",
+    "0.01",
+]
 
 
 @pytest.mark.slow
@@ -38,18 +48,18 @@ def test_a_run_killed_at_five_points_ends_equal_to_an_undisturbed_one(small_stor
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("mode", "point", "workers"),
+    ("mode", "point", "more"),
     [
-        ("byproduct", "train@2", "1"),
-        pytest.param("overlapped", "evaluate@2", "1", marks=pytest.mark.slow),
-        pytest.param("overlapped", "train@1", "2", marks=pytest.mark.slow),
+        ("byproduct", "train@2", STABLE),
+        pytest.param("overlapped", "evaluate@2", [], marks=pytest.mark.slow),
+        pytest.param("overlapped", "train@1", ["--workers", "2", *STABLE], marks=pytest.mark.slow),
     ],
 )
-def test_a_run_killed_inside_a_cycle_continues_after_its_last_step(
-    small_store, tmp_path, mode, point, workers
-):
-    """With scores of every source: what the next selection needs is in the ledger, visits and weights of two cycles ago."""
-    flags = ["--data", small_store, "--cycles", "4", "--select.scores", mode, "--workers", workers, *FAST]
+def test_a_run_killed_inside_a_cycle_continues_after_its_last_step(small_store, tmp_path, mode, point, more):
+    """With scores of every source: what the next selection needs is in the ledger, visits and weights of two cycles ago; of
+    averaged weights also those in training, and the tiles that batch norm is estimated from are read again.
+    """
+    flags = ["--data", small_store, "--cycles", "4", "--select.scores", mode, *FAST, *more]
     flags += ["--cluster.commit-every-steps", "1"]
     calm, torn = str(tmp_path / "calm"), str(tmp_path / "torn")
     run("active", *flags, "--run", calm)
@@ -218,6 +228,7 @@ def test_divergence_ends_with_code_5(small_store, tmp_path):
         (["--data", "/nowhere"], 2, "no finished tile store at /nowhere"),
         (["--data", "STORE", "--select.tiles", "1000"], 2, "asks for 1000 tiles a cycle, the pool has 128"),
         (["--data", "STORE", "--arch", "unett"], 2, "did you mean 'unet'?"),
+        (["--data", "STORE", "--select", "reducible-loss"], 2, "give its run, --select.reference"),
         (
             ["--data", "STORE", "--select", "entropi"],
             2,

@@ -17,7 +17,8 @@ import torch
 import raysed
 from raysed.cluster import scoring
 from raysed.cluster.estimate import dry_run
-from raysed.cluster.launch import check_data, store_of
+from raysed.cluster.launch import store_of
+from raysed.cluster.preflight import check_data
 from raysed.cluster.scoring import BATCH, Network, Scorer, present, score_pool
 from raysed.cluster.stream import Stream
 from raysed.cluster.telemetry import GAUGES, Monitor

@@ -71,6 +71,8 @@ def test_the_job_decides_the_strategy_of_a_preset_unless_told_otherwise():
         (["--optim.schedule", "linear"], "must be one of constant, cosine"),
         (["--select.fraction", "0"], "select.fraction must lie in (0, 1], got 0.0"),
         (["--optim.batch", "12"], "multiple of optim.micro_batch"),
+        (["--optim.ema", "1"], "optim.ema must lie in [0, 1), got 1.0"),
+        (["--optim.norm-tiles", "64"], "goes with optim.ema, got 64 and ema 0.0"),
         (["--workers", "9"], "9 workers need at least as many micro-batches"),
         (["--config", "/nowhere.json"], "No such file"),
         (["stray"], "unknown argument 'stray'"),

@@ -60,3 +60,13 @@ def test_pack_and_unpack_are_inverse():
     again = unpack(pack(state), "x")
     assert state.keys() == again.keys()
     assert all(torch.equal(state[k], again[k]) for k in state)
+
+
+@pytest.mark.parametrize(("arch", "width"), [("unet", 1024), ("unet:resnet18", 512)])
+def test_features_are_the_deepest_level_and_leave_the_logits_alone(arch, width):
+    net, image = build(arch, 3, seed=0).eval(), torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        logits, features = net.with_features(image)
+        assert torch.equal(net(image), logits)
+    assert features.shape == (2, width)
+    assert not torch.equal(features[0], features[1])

@@ -7,7 +7,18 @@ from hypothesis import strategies as st
 
 from raysed.core.metrics import evenness, scores
 from raysed.core.randomness import keyed_rng
-from raysed.core.statistics import aulc, first_above, fluctuation, mean_of_last, paired_bootstrap
+from raysed.core.statistics import (
+    aulc,
+    aulc_between,
+    bootstrap_over_seeds,
+    first_above,
+    fluctuation,
+    iou_variation,
+    mean_iou,
+    mean_of_last,
+    paired_bootstrap,
+    worst_iou,
+)
 
 COSTS = st.lists(st.floats(0.1, 100), min_size=2, max_size=20).map(lambda gaps: np.cumsum(gaps).tolist())
 
@@ -113,3 +124,29 @@ def test_the_bootstrap_is_paired_seeded_and_of_the_mean_iou():
     assert wide.low < got.low
     with pytest.raises(ValueError, match="same seeds"):
         paired_bootstrap(one, other[:2], keyed_rng("b"))
+
+
+def test_curves_of_other_cost_a_cycle_are_compared_over_the_same_range():
+    line = [0.1 * c for c in range(1, 11)]
+    assert aulc_between(range(1, 11), line, 2.5, 7.5) == pytest.approx(0.5)
+    assert aulc_between(range(5, 55, 5), line, 5, 20) == pytest.approx(0.25)
+    assert aulc_between([1, 2], [0, 1], 2, 2) is None
+
+
+def test_the_bootstrap_takes_other_scores_and_the_mean_over_cycles():
+    rng = np.random.default_rng(0)
+    one, other = rng.integers(1, 50, (2, 3, 7, 2, 4, 4))  # seeds, images, cycles, classes
+    one[..., 3, :] = other[..., 3, :] = 0
+    for statistic, name in ((mean_iou, "miou"), (worst_iou, "iou_worst"), (iou_variation, "iou_cv")):
+        got = paired_bootstrap(one, other, keyed_rng("b"), draws=50, statistic=statistic)
+        score = [
+            [scores(c, list("abcd"))[name] for c in arm.sum(1).reshape(-1, 4, 4)] for arm in (one, other)
+        ]
+        assert got.mean == pytest.approx(np.mean(score[0]) - np.mean(score[1]))
+        assert got.low < got.mean < got.high
+
+
+def test_an_interval_over_seeds_needs_two_of_them():
+    got = bootstrap_over_seeds([0.1, 0.2, 0.4, 0.5], keyed_rng("b"))
+    assert 0.1 < got.low < 0.2 < got.mean < 0.4 < got.high < 0.5
+    assert math.isnan(bootstrap_over_seeds([0.1], keyed_rng("b")).low)

@@ -8,10 +8,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from raysed.core.averaging import decay_after
+from raysed.core.batchnorm import BatchNormStatistics
 from raysed.core.networks import Network, UNet
 from raysed.core.plan import plan
 from raysed.core.randomness import keyed_rng
-from raysed.core.step import BatchNormStatistics, Learner, MicroBatch, learning_rate, to_device
+from raysed.core.step import Learner, MicroBatch, learning_rate, to_device
 
 SIDE, CLASSES, BATCH, MICRO = 16, 3, 8, 2
 IDS = [f"t{i}" for i in range(21)]  # the last step has 5 tiles: micro-batches of 2, 2, 1 and none
@@ -31,13 +33,23 @@ def tile(number: int) -> tuple[np.ndarray, np.ndarray]:
     return image, label
 
 
-def train(rank: int, workers: int, *, norm: bool, ordered: bool, steps: int) -> Learner:
+STABLE = {"ema": 0.9, "clip": 0.05, "weight_decay": 0.1}
+
+
+def train(rank: int, workers: int, *, norm: bool, ordered: bool, steps: int, stable: bool = False) -> Learner:
     torch.set_num_threads(1)
     alpha = np.array([0.5, 1.0, 1.5], np.float32)
     learner = Learner(
-        small_net(norm), alpha=alpha, gamma=2, batch=BATCH, precision="fp32", ordered_sums=ordered
+        small_net(norm),
+        alpha=alpha,
+        gamma=2,
+        batch=BATCH,
+        precision="fp32",
+        ordered_sums=ordered,
+        **(STABLE if stable else {}),
     )
     order = plan(IDS, 0, 0, BATCH, MICRO)
+    seen = []
     for step in range(steps):
         micro = []
         for number, positions in order.micro_batches(step, rank, workers):
@@ -48,6 +60,8 @@ def train(rank: int, workers: int, *, norm: bool, ordered: bool, steps: int) -> 
             micro.append(MicroBatch(number, *to_device(images, labels, torch.device("cpu"))))
         tiles = min(BATCH, len(IDS) - step * BATCH)
         learner.step(micro, lr=1e-2, key=("k", step), total=-(-tiles // MICRO))
+        seen.append(([(m.number, m.images) for m in micro], -(-tiles // MICRO)))
+    learner.estimate(seen if stable else [])
     return learner
 
 
@@ -69,6 +83,8 @@ KINDS = [
     {"norm": False, "ordered": False, "steps": 3},
     {"norm": True, "ordered": False, "steps": 1},
     {"norm": True, "ordered": True, "steps": 3},
+    {"norm": True, "ordered": True, "steps": 3, "stable": True},
+    {"norm": False, "ordered": False, "steps": 1, "stable": True},
 ]
 
 
@@ -84,7 +100,7 @@ def ranks(request, tmp_path_factory):
     ]
 
 
-@pytest.mark.parametrize("kind", [0, 1, 2])
+@pytest.mark.parametrize("kind", [0, 1, 2, 5])
 def test_gradients_of_many_workers_equal_those_of_one(ranks, kind):
     alone = gradients(train(0, 1, **KINDS[kind]))
     for other in ranks[kind]:
@@ -100,9 +116,10 @@ def test_running_statistics_do_not_depend_on_the_worker_count(ranks):
                 assert torch.allclose(other[name], alone[name], rtol=1e-5)
 
 
-def test_ordered_sums_are_bit_equal_for_any_worker_count(ranks):
-    alone = train(0, 1, **KINDS[3]).weights()
-    for other in ranks[3]:
+@pytest.mark.parametrize("kind", [3, 4])
+def test_ordered_sums_are_bit_equal_for_any_worker_count(ranks, kind):
+    alone = train(0, 1, **KINDS[kind]).weights()
+    for other in ranks[kind]:
         assert all(torch.equal(other[name], alone[name]) for name in alone)
 
 
@@ -132,12 +149,15 @@ def test_one_micro_batch_gives_the_statistics_of_that_batch():
     assert torch.allclose(first[1].running_var, own.var((0, 2, 3)), rtol=1e-4)
 
 
-def test_overfits_one_batch_and_resumes_bit_equal():
+@pytest.mark.parametrize("extra", [{}, STABLE], ids=["plain", "stable"])
+def test_overfits_one_batch_and_resumes_bit_equal(extra):
     images, labels = (np.stack(x) for x in zip(*map(tile, range(4)), strict=True))
     x, y = to_device(images, labels, torch.device("cpu"))
 
     def fresh() -> Learner:
-        return Learner(small_net(True), alpha=np.ones(3, np.float32), gamma=2, batch=4, precision="fp32")
+        return Learner(
+            small_net(True), alpha=np.ones(3, np.float32), gamma=2, batch=4, precision="fp32", **extra
+        )
 
     def losses(learner: Learner, steps: range) -> list[float]:
         sums = [learner.step([MicroBatch(0, x, y)], lr=2e-2, key=("o", s), total=1) for s in steps]
@@ -145,7 +165,8 @@ def test_overfits_one_batch_and_resumes_bit_equal():
 
     one = fresh()
     first = losses(one, range(30))
-    assert first[-1] < first[0] / 4
+    assert first[-1] < first[0] / 2 if extra else first[-1] < first[0] / 4
+    one.estimate([([(0, x)], 1)] if extra else [])
     saved, moments = one.weights(), one.optimizer_state()
     rest = losses(one, range(30, 36))
     other = fresh()
@@ -155,13 +176,70 @@ def test_overfits_one_batch_and_resumes_bit_equal():
     assert all(torch.equal(v, other.weights()[k]) for k, v in one.weights().items())
 
 
+def test_the_average_is_the_recursion_and_is_what_is_evaluated_and_committed():
+    learner = train(0, 1, norm=True, ordered=False, steps=0, stable=True)
+    images, labels = (np.stack(x) for x in zip(*map(tile, range(2)), strict=True))
+    x, y = to_device(images, labels, torch.device("cpu"))
+    name = "net.head.weight"
+    wanted = learner.net.state_dict()[name].clone()
+    for step, decay in enumerate([0.1, 2 / 11, 0.25]):
+        learner.step([MicroBatch(0, x, y)], lr=1e-2, key=("k", step), total=1)
+        wanted = decay * wanted + (1 - decay) * learner.net.state_dict()[name]
+    assert torch.allclose(learner.weights()[name], wanted, rtol=1e-5)
+    assert not torch.allclose(learner.net.state_dict()[name], wanted, rtol=1e-3)
+    before = learner.predict(x)
+    with torch.no_grad():
+        learner.net.net.head.weight.zero_()
+    assert torch.equal(learner.predict(x), before)
+    assert decay_after(0.9, 1000) == 0.9
+
+
+def test_estimated_statistics_are_those_of_the_averaged_weights():
+    learner = train(0, 1, norm=True, ordered=False, steps=2, stable=True)
+    parts = [to_device(*(v[None] for v in tile(i)), torch.device("cpu"))[0] for i in range(3)]
+    running = learner.norm.flat.clone()
+    learner.estimate([([(0, parts[0]), (1, parts[1])], 2), ([(0, parts[2]), (1, parts[0])], 1)])
+    first = learner.served.net.down[0]
+    own = [first[0]((p - learner.served.mean) / learner.served.std) for p in parts]
+    means = torch.stack([o.mean((0, 2, 3)) for o in own]).mean(0)
+    assert torch.allclose(first[1].running_mean, means, atol=1e-5)
+    assert torch.equal(learner.norm.flat, running)
+
+
+def test_clipping_bounds_the_norm_and_decay_spares_biases():
+    images, labels = (np.stack(x) for x in zip(*map(tile, range(2)), strict=True))
+    x, y = to_device(images, labels, torch.device("cpu"))
+    alpha = np.ones(3, np.float32)
+    clipped = Learner(small_net(False), alpha=alpha, gamma=2, batch=4, precision="fp32", clip=1e-3)
+    free = Learner(small_net(False), alpha=alpha, gamma=2, batch=4, precision="fp32")
+    for learner in (clipped, free):
+        learner.step([MicroBatch(0, x, y)], lr=1e-2, key=("k",), total=1)
+    assert gradients(clipped).norm().item() == pytest.approx(1e-3, rel=1e-3)
+    one, other = gradients(clipped), gradients(free)
+    assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.9999
+    decayed = Learner(small_net(False), alpha=alpha, gamma=2, batch=4, precision="fp32", weight_decay=0.5)
+    before = small_net(False).state_dict()
+    decayed.step([MicroBatch(0, x, y)], lr=1e-2, key=("k",), total=1)
+    for name, weight in decayed.weights().items():
+        shrunk = 5e-3 * before[name] if weight.ndim > 1 else 0
+        assert torch.allclose(free.weights()[name] - weight, shrunk + torch.zeros_like(weight), atol=1e-7)
+
+
 def test_evaluation_ignores_void_and_counts_every_known_pixel():
     learner = train(0, 1, norm=True, ordered=False, steps=1)
     batches = [
         to_device(*(np.stack(x) for x in zip(*map(tile, r), strict=True)), torch.device("cpu"))
         for r in (range(3), range(3, 5))
     ]
-    totals = learner.evaluate(batches)
+    groups = [torch.tensor([0, 1, 1]), torch.tensor([2, 0])]
+    totals = learner.evaluate([(*b, g) for b, g in zip(batches, groups, strict=True)], 3)
+    own = [
+        learner.evaluate([(x[k : k + 1], y[k : k + 1], torch.zeros(1))], 1)
+        for x, y in batches
+        for k in range(len(x))
+    ]
+    assert torch.equal(totals.counts[1], own[1].counts[0] + own[2].counts[0])
+    assert torch.equal(totals.counts[0], own[0].counts[0] + own[4].counts[0])
     known = sum(int((y < CLASSES).sum()) for _, y in batches)
     assert totals.counts.sum() == known == totals.sums[1]
     assert totals.sums[3] == 2

@@ -274,6 +274,18 @@ def test_k_center_takes_the_farthest_each_time():
         assert radii[chosen[step]] == pytest.approx(max(radii), rel=1e-4)
 
 
+def test_tiles_that_cannot_be_selected_are_centers_from_the_start():
+    scores, index = world()
+    points = np.array(scores["features"].to_pylist())
+    taken = [3, 17, 41]
+    left = index.filter(pa.array(i not in taken for i in range(N)))
+    chosen = [int(t[1:]) for t in k_center(scores, left, {}, 8, keyed_rng("x")).tile_ids]
+    for step in range(8):
+        centers = [*taken, *chosen[:step]]
+        radii = [min(np.linalg.norm(points[i] - points[j]) for j in centers) for i in range(N)]
+        assert radii[chosen[step]] == pytest.approx(max(radii), rel=1e-4)
+
+
 def test_difficulty_by_hand():
     values = np.array([[4.0, 0.0], [3.0, 0.0], [2.0, 1.0], [np.nan, np.nan]])
     capped = [

@@ -1,0 +1,25 @@
+"""Does a strategy win?  Arms x seeds on one half of the validation images, paired by seed, with intervals.
+
+    python jobs/evidence.py --data data/tiles --run runs/evidence --preset yardstick-stable --arms ceiling,uniform --seeds 0,1,2
+    python jobs/evidence.py --data data/tiles --run runs/evidence --preset yardstick-stable \\
+        --arms uniform,class-random,defensive,defensive-entropy:select.scores=byproduct --seeds 0,1
+    python jobs/evidence.py ... --split report      the other half, read once: refused without a committed plan
+
+An arm is a strategy with fields of its own after colons; `ceiling` trains on all tiles in every cycle.  All other fields hold for
+all arms.  Runs of a seed start from the same weights, take tiles in orders and augmentations of the same keys and are validated on
+the same tiles.  They run one after the other, all arms of a seed first.  Every run leaves a small file in --results; the same command again skips what is
+finished and continues a broken run.  Cost: arms x seeds times one run of jobs/train.py; --dry-run reckons it.
+"""
+
+from collections.abc import Sequence
+
+from raysed.cli import main
+from raysed.evidence import evidence
+
+
+def job(argv: Sequence[str]) -> int:
+    return evidence(__doc__, argv)
+
+
+if __name__ == "__main__":
+    main(job)

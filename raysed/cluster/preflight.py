@@ -1,0 +1,122 @@
+"""What is proven before anything starts: that an experiment fits its tiles, its strategy and its cluster's files."""
+
+from collections.abc import Callable
+
+from raysed.cluster.connect import check_paths
+from raysed.cluster.scorekeeping import RECORDED
+from raysed.config import Experiment
+from raysed.core import networks
+from raysed.core.acquisition import STRATEGIES
+from raysed.core.splits import training_rows, validation_rows
+from raysed.errors import UsageError
+from raysed.io import people
+from raysed.io.ledger import Ledger
+from raysed.io.model import init_notes, load_init, weights_of_run
+from raysed.io.storage import Storage
+from raysed.io.store import Store
+
+
+def check_data(experiment: Experiment, store: Store, say: Callable[[str], None]) -> None:
+    """Prove that the experiment fits its tile store; absent classes are said, and where a model it starts from differs."""
+    check_strategy(experiment)
+    dataset = store.dataset
+    data = experiment.data
+    regions = set(store.index["region"].to_pylist())
+    if unknown := [r for r in (data.held_out or "").split(",") if r and r not in regions]:
+        raise UsageError(
+            f"data.held_out: the store has no region {unknown[0]!r}, but {', '.join(sorted(regions)[:12])}"
+        )
+    pool = training_rows(store.index, data.held_out, unlabelled=experiment.asks_people)
+    experiment.select.budget(len(pool))
+    if not len(validation_rows(store.index, data.validation, data.held_out)):
+        raise UsageError(
+            f"{store.storage.uri} has no labelled tile in split val (data.validation {data.validation}, data.held_out "
+            f"{data.held_out or 'none'}): nothing to evaluate on"
+        )
+    net = networks.build(experiment.model.arch, len(dataset.classes), experiment.seed)
+    if dataset.tile_size % net.multiple or dataset.tile_size < 2 * net.multiple:
+        raise UsageError(
+            f"{experiment.model.arch} needs tiles of 2, 3, ... x {net.multiple} px, the store's have {dataset.tile_size}: "
+            "prepare it with another --store"
+        )
+    if experiment.model.init:
+        for note in init_notes(load_init(experiment.model).record, store):
+            say(note)
+    if experiment.asks_people:
+        return  # what the training tiles hold is not known yet
+    for land_class, train, val in zip(
+        dataset.classes, dataset.pixels["train"][1:], dataset.pixels["val"][1:], strict=True
+    ):
+        if not train:
+            where = "and counts in validation" if val else "nor in validation"
+            say(
+                f"note: class {land_class.name} has no pixel in the training tiles {where}; its loss weight is 0"
+            )
+
+
+def check_reference(experiment: Experiment) -> None:
+    """Prove that there is a run whose weights say what loss is irreducible."""
+    uri = experiment.select.reference
+    if uri is None:
+        raise UsageError(
+            f"strategy {experiment.select.strategy} compares with a network trained before: give its run, --select.reference"
+        )
+    ledger = Ledger(Storage(uri))
+    other = ledger.config()[0].model.arch
+    if other != experiment.model.arch:
+        raise UsageError(
+            f"--select.reference {uri} is of {other}, this run of {experiment.model.arch}: they must be alike"
+        )
+    weights_of_run(ledger, None)
+
+
+def check_labels(experiment: Experiment, store: Store) -> None:
+    """Refuse to start a cluster for a run whose picks are still with people.
+
+    Raises:
+        WaitingForLabels: with how many are missing, and where they are to go.
+    """
+    if not experiment.asks_people:
+        return
+    run = Storage(str(experiment.run))
+    cycle = len(Ledger(run).manifests())
+    if cycle >= experiment.cycles or not experiment.pool.begins(cycle):
+        return
+    number = cycle // experiment.pool.cycles
+    if request := people.asked(run, number):
+        people.require(run, number, request[0].tile_ids, str(experiment.pool.labels), store.dataset)
+
+
+def check_run_paths(experiment: Experiment) -> None:
+    """Refuse local paths of data, run, initial model or labels on a cluster of several nodes."""
+    places = {"--data": experiment.data.uri, "--run": experiment.run, "--init": experiment.model.init}
+    if experiment.asks_people:
+        places["--pool.labels"] = experiment.pool.labels
+    check_paths(
+        {f"{flag} {uri}": uri for flag, uri in places.items() if uri},
+        shared=experiment.cluster.shared_filesystem,
+        remedy="give an s3:// URI (or set RAYSED_DATA and RAYSED_RUN), or --cluster.shared-filesystem if all nodes see the same files",
+    )
+
+
+def check_strategy(experiment: Experiment) -> None:
+    """Prove that the run records what its strategy selects by."""
+    if experiment.select.strategy not in STRATEGIES:
+        raise UsageError(
+            f"select.strategy must be one of {', '.join(STRATEGIES)}, got {experiment.select.strategy!r}"
+        )
+    if missing := STRATEGIES[experiment.select.strategy].needs - RECORDED:
+        raise UsageError(
+            f"strategy {experiment.select.strategy} needs the scores {', '.join(sorted(missing))}, which no run records: "
+            "choose another --select"
+        )
+    if "irreducible" in STRATEGIES[experiment.select.strategy].needs:
+        check_reference(experiment)
+    if "features" in STRATEGIES[experiment.select.strategy].needs and experiment.select.scores == "byproduct":
+        raise UsageError(
+            f"strategy {experiment.select.strategy} compares features of one network: select.scores must be fresh or overlapped"
+        )
+    if experiment.buys_labels and STRATEGIES[experiment.select.strategy].needs_labels:
+        raise UsageError(
+            f"strategy {experiment.select.strategy} looks at labels, which select.protocol pool has yet to buy: choose another --select"
+        )

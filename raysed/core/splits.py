@@ -1,0 +1,67 @@
+"""Which tiles a run may train on and which it is judged by: rows of the store's index, decided by names alone."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+Half = Literal["dev", "report"]
+
+
+def halves(regions: Mapping[str, str]) -> dict[str, Half]:
+    """The half that each validation source belongs to, with all its tiles.  Everything is chosen on `dev`.
+
+    The sources of a region, in order of the hash of their names, go to the halves by turns, and the turns go on from region to
+    region: few sources would fall unevenly by the hash alone.
+
+    Args:
+        regions: source image -> its region.
+    """
+    order = sorted(regions, key=lambda s: (regions[s], hashlib.blake2b(f"validation/{s}".encode()).digest()))
+    return {source: "report" if turn % 2 else "dev" for turn, source in enumerate(order)}
+
+
+def labelled(index: pa.Table) -> pa.Table:
+    """Tiles that have a label."""
+    return index.filter(pc.is_valid(index["label_offset"]))
+
+
+def training_rows(index: pa.Table, held_out: str | None, *, unlabelled: bool = False) -> pa.Table:
+    """Tiles of split train, none of a region that is held out.
+
+    Args:
+        index: of the store.
+        held_out: regions with commas between.
+        unlabelled: also those without a label.
+    """
+    return selectable(index.filter(pc.equal(index["split"], "train")), held_out, unlabelled=unlabelled)
+
+
+def selectable(index: pa.Table, held_out: str | None, *, unlabelled: bool = False) -> pa.Table:
+    """Of the rows of split train those that are labelled, or not asked to be, and of no region that is held out."""
+    rows = index if unlabelled else labelled(index)
+    return rows if held_out is None else rows.filter(pc.invert(_within(rows, held_out)))
+
+
+def validation_rows(index: pa.Table, validation: str, held_out: str | None) -> pa.Table:
+    """Labelled tiles of split val, or all those of the regions held out, whatever their split; of all sources or of a half.
+
+    Args:
+        index: of the store.
+        validation: all, dev or report.
+        held_out: regions with commas between.
+    """
+    rows = labelled(index)
+    own = pc.equal(rows["split"], "val") if held_out is None else _within(rows, held_out)
+    rows = rows.filter(own)
+    if validation == "all":
+        return rows
+    sources = rows["source"].to_pylist()
+    half = halves(dict(zip(sources, rows["region"].to_pylist(), strict=True)))
+    return rows.filter(pc.equal(pa.array([half[s] for s in sources], pa.string()), validation))
+
+
+def _within(rows: pa.Table, regions: str) -> pa.ChunkedArray:
+    return pc.is_in(rows["region"], pa.array(regions.split(","), pa.string()))

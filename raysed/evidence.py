@@ -1,0 +1,180 @@
+"""Arms x seeds under one protocol, paired by seed, then what they show: the engine of `jobs/evidence.py`."""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raysed import cli
+from raysed.cluster.estimate import dry_run
+from raysed.cluster.launch import launch
+from raysed.compare import is_finished
+from raysed.config import Experiment, with_overrides
+from raysed.core.acquisition import STRATEGIES
+from raysed.errors import DivergedError, UsageError
+from raysed.io.provenance import is_committed
+from raysed.io.storage import Storage
+from raysed.io.store import Store
+from raysed.report import runfile
+from raysed.report.evidence import METRICS, write_evidence
+from raysed.runs import say, with_data
+
+OWN = ("select.strategy", "seed", "baseline", "data.validation")
+"""Fields that arms, seeds and split fix."""
+CEILING = "ceiling"
+"""Arm that trains on all tiles in every cycle: what there is to win, at several times the compute."""
+RIVALS = ("infobatch",)
+"""Strategies that read losses and still stand with the passive ones to be beaten: they promise no more than a passive result."""
+PREREGISTRATION = "results/evidence/preregistration.json"
+
+
+@dataclass(frozen=True)
+class EvidenceArm:
+    """One arm: a strategy, or the ceiling, and fields of its own."""
+
+    name: str
+    """As given: `strategy[:field=value]...`."""
+    strategy: str
+    fields: dict[str, str]
+
+    @property
+    def file(self) -> str:
+        """The name as a part of file names."""
+        return re.sub(r"[^A-Za-z0-9.-]+", "_", self.name)
+
+    @property
+    def kind(self) -> str:
+        """passive, active or ceiling."""
+        if self.strategy == CEILING:
+            return CEILING
+        passive = not STRATEGIES[self.strategy].needs or self.strategy in RIVALS
+        return "passive" if passive else "active"
+
+    def experiment(self, base: Experiment, run: str, seed: int, split: str) -> Experiment:
+        """The run of a seed."""
+        own = {"select.strategy": self.strategy}
+        if self.strategy == CEILING:
+            own = {
+                "select.strategy": "uniform",
+                "select.fraction": "1",
+                "select.tiles": "none",
+                "select.protocol": "reselect",
+            }
+        common = {"run": run, "seed": seed, "baseline": False, "data.validation": split}
+        return with_overrides(base, {**own, **self.fields, **common}, f"arm {self.name}")
+
+
+def arms_of(text: str) -> list[EvidenceArm]:
+    """The arms of --arms.
+
+    Raises:
+        UsageError: an unknown strategy, a field without a value, or the same arm twice.
+    """
+    arms = []
+    for name in text.split(","):
+        strategy, *rest = name.split(":")
+        if strategy != CEILING and strategy not in STRATEGIES:
+            raise UsageError(f"--arms takes {CEILING}, {', '.join(STRATEGIES)}, got {strategy!r}")
+        if bad := [f for f in rest if "=" not in f]:
+            raise UsageError(f"--arms: {name!r} must be strategy[:field=value], {bad[0]!r} has no value")
+        arms.append(EvidenceArm(name, strategy, dict(f.split("=", 1) for f in rest)))
+    if len({a.file for a in arms}) < len(arms):
+        raise UsageError(f"--arms names an arm twice: {text}")
+    return arms
+
+
+def evidence(doc: str | None, argv: Sequence[str]) -> int:
+    """Parse flags, do all runs that are left, report; the job's exit code."""
+    parser = cli.experiment_parser(doc, Experiment())
+    parser.add_argument("--arms", default=f"{CEILING},uniform,entropy,defensive", metavar="NAME,NAME", help="arms, each strategy[:field=value] or ceiling (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--seeds", default="0", metavar="N,N", help="seeds of every arm (default: 0)")
+    parser.add_argument("--split", choices=("dev", "report"), default="dev", help="half of the validation images that counts (default: dev)")  # fmt: skip
+    parser.add_argument("--results", metavar="URI", help="folder of result files, tables and figures (default: results/evidence/DATA-SPLIT)")  # fmt: skip
+    parser.add_argument("--preregistration", default=PREREGISTRATION, metavar="FILE", help="committed JSON of primary, arms, seeds, cycles, without which the report half is not read (default: %(default)s)")  # fmt: skip
+    args = parser.parse(argv)
+    for name in OWN:
+        if getattr(args, name) is not None:
+            raise UsageError(f"{name} is fixed by --arms, --seeds and --split")
+    arms, seeds = arms_of(args.arms), _seeds(args.seeds)
+    base, preset = cli.parse_experiment(args, Experiment())
+    if args.split == "report":
+        check_registered(Path(args.preregistration), arms, seeds, base.cycles)
+    base = with_data(base, preset)
+    store = Store.open(str(base.data.uri))
+    root = Storage(base.run or f"runs/evidence-{store.dataset.name}-{args.split}")
+    results = Storage(args.results or f"results/evidence/{store.dataset.name}-{args.split}")
+    say(f"runs {root.uri}  data {base.data.uri}  results {results.uri}")
+    left, code = 0, 0
+    for arm, experiment in list(plan(base, root, arms, seeds, args.split)):
+        label = runfile.file_of(arm.file, experiment.seed)
+        if is_finished(results, label, experiment, store, last="sources"):
+            say(f"{label}: finished")
+            continue
+        if args.dry_run:
+            say(f"\n{arm.name}, seed {experiment.seed}")
+            dry_run(experiment, tiles_per_second=args.tiles_per_second, price=args.price, say=say)
+            continue
+        say(f"\n{arm.name}, seed {experiment.seed}: {experiment.run}")
+        try:
+            code = launch(experiment, say=say, hold=os.environ.get("RAYSED_HOLD")) or code
+        except DivergedError as error:
+            say(f"{arm.name}, seed {experiment.seed}, goes no further: {error}")
+            code, left = error.exit_code, left + 1
+        run = Storage(str(experiment.run))
+        found = runfile.collect(run, arm.file, experiment.seed, store, evidence=True)
+        results.write(found.path, found.to_bytes())
+        if code in (130, 143):
+            return code
+    if args.dry_run:
+        return 0
+    if left and args.split == "report":
+        say("the report half is read once, when all its runs are finished")
+        return code
+    kinds, files = {a.name: a.kind for a in arms}, {a.name: a.file for a in arms}
+    say("\n" + write_evidence(results, kinds, files, args.split))
+    return code
+
+
+def plan(
+    base: Experiment, root: Storage, arms: Sequence[EvidenceArm], seeds: Sequence[int], split: str
+) -> Iterator[tuple[EvidenceArm, Experiment]]:
+    """(arm, experiment) of each run, all arms of a seed before the next seed."""
+    for seed in seeds:
+        for arm in arms:
+            run = root.at(runfile.file_of(arm.file, seed).removesuffix(".jsonl")).uri
+            yield arm, arm.experiment(base, run, seed, split)
+
+
+def check_registered(path: Path, arms: Sequence[EvidenceArm], seeds: Sequence[int], cycles: int) -> None:
+    """Prove that what is about to be read was said before, and committed.
+
+    Raises:
+        UsageError: no such file, not JSON, not committed, or another plan than this one.
+    """
+    asked: dict[str, Any] = {"arms": sorted(a.name for a in arms), "seeds": sorted(seeds), "cycles": cycles}
+    form = '{"primary": "miou", "arms": [...], "seeds": [...], "cycles": N}'
+    if not path.is_file():
+        raise UsageError(f"--split report needs the plan {path} to be committed before: {form}")
+    try:
+        said = json.loads(path.read_text())
+        found = {"arms": sorted(said["arms"]), "seeds": sorted(said["seeds"]), "cycles": said["cycles"]}
+        primary = said["primary"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} must be {form} ({type(error).__name__}: {error})") from error
+    if primary not in METRICS:
+        raise UsageError(f"{path}: primary must be one of {', '.join(METRICS)}, got {primary!r}")
+    for name, value in asked.items():
+        if found[name] != value:
+            raise UsageError(f"{path} registers {name} {found[name]}, asked for are {value}")
+    if not is_committed(path):
+        raise UsageError(f"{path} is not committed as it is: commit it before the report half is read")
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(s) for s in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--seeds must be whole numbers with commas between, got {text!r}") from None

@@ -1,0 +1,243 @@
+"""Labels by people: a round's picks go out with their images, labels come back as PNG files or a Label Studio export.
+
+labelling/round_0002/images/<tile_id>.png   what to label
+labelling/round_0002/picks.csv picks.geojson label-studio.json label-studio.xml
+labelling/round_0002/scores.parquet         what the strategy saw, so that the picks replay when the labels are there
+labelling/round_0002/request.json           written last: who was picked
+labelled/                                   tile store of all labels that have come
+"""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from raysed.core.pool import Selection
+from raysed.core.tiles import LandClass, label_lookup, pixel_counts
+from raysed.errors import DataError, WaitingForLabels
+from raysed.io import codec, store
+from raysed.io.ledger import table_bytes
+from raysed.io.sources import corners
+from raysed.io.storage import Storage
+from raysed.io.store import Dataset, Store, Tile, read_tiles
+
+IMAGE, LABEL = "image", "label"
+"""Names of the tags in Label Studio's configuration."""
+LABELLED = "labelled"
+"""Folder of the run that is a tile store of the labels that have come."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A round's picks, as they went out."""
+
+    number: int
+    """Of the round."""
+    tile_ids: list[str]
+    weights: str | None
+    """Hash of the weights that the pool was scored with; None without scores."""
+    scored: int
+    """Tiles scored."""
+
+
+def place(number: int) -> str:
+    """Folder of a round's request in the run directory."""
+    return f"labelling/round_{number:04d}"
+
+
+def ask(run: Storage, request: Request, picks: Selection, tiles: Store, scores: pa.Table | None) -> None:
+    """Write what people need to label a round's picks; `request.json` last.  The same picks give the same files."""
+    folder, dataset = run.at(place(request.number)), tiles.dataset
+    rows = tiles.index.take(pc.index_in(pa.array(picks.tile_ids), tiles.index["tile_id"])).to_pylist()
+    for tile in read_tiles(tiles.storage, tiles.locations(picks.tile_ids), dataset.tile_size):
+        if not isinstance(tile, Tile):
+            raise DataError(f"tile {tile.tile_id} was picked for labelling and is unusable: {tile.reason}")
+        folder.write(f"images/{tile.tile_id}.png", codec.encode_picture(tile.image))
+    if scores is not None:
+        folder.write("scores.parquet", table_bytes(scores))
+    folder.write("picks.csv", _csv(rows, picks).encode())
+    folder.write("picks.geojson", json.dumps(geojson(rows, dataset.tile_size), indent=1).encode())
+    folder.write("label-studio.json", json.dumps(_tasks(picks), indent=1).encode())
+    folder.write("label-studio.xml", _studio_config(dataset.classes).encode())
+    folder.write("request.json", (json.dumps(asdict(request), indent=1) + "\n").encode())
+
+
+def asked(run: Storage, number: int) -> tuple[Request, pa.Table | None] | None:
+    """The request of a round and the scores that it was picked by; None if there was none."""
+    folder = run.at(place(number))
+    if not folder.exists("request.json"):
+        return None
+    request = Request(**json.loads(folder.read("request.json")))
+    found = folder.exists("scores.parquet")
+    return request, pq.read_table(io.BytesIO(folder.read("scores.parquet"))) if found else None
+
+
+def read_labels(folder: Storage, ids: Sequence[str], dataset: Dataset) -> dict[str, np.ndarray]:
+    """The stored labels (0 void, 1..C) of those tiles that have come.
+
+    `<tile_id>.png` holds the data set's own class codes; a `.json` file is a Label Studio export whose tasks carry `tile_id`, with
+    polygons, or one choice for the whole tile.  A PNG goes before an export; pixels that no polygon covers are void.
+
+    Raises:
+        DataError: a label that is unreadable, of another size or with a code or class that the data set does not have.
+    """
+    there = folder.list()
+    lookup = label_lookup(dataset.classes, dataset.ignore)
+    found: dict[str, np.ndarray] = {}
+    for path in sorted(p for p in there if p.endswith(".json") and "/" not in p):
+        for tile_id, results in _annotations(folder, path):
+            if tile_id in ids:
+                where = f"{folder.uri}/{path}, tile {tile_id}"
+                found[tile_id] = _drawn(results, dataset, where)
+    for tile_id in ids:
+        name = f"{tile_id}.png"
+        if name not in there:
+            continue
+        try:
+            codes = codec.decode_label(folder.read(name), dataset.tile_size)
+        except ValueError as error:
+            raise DataError(f"{folder.uri}/{name}: {error}") from error
+        label = lookup[codes]
+        if (label < 0).any():
+            known = ", ".join(str(c.source_id) for c in dataset.classes)
+            raise DataError(
+                f"{folder.uri}/{name}: code {int(codes[label < 0][0])} is no class, the data set has {known} and for "
+                f"unknown {', '.join(map(str, dataset.ignore))}"
+            )
+        found[tile_id] = label.astype(np.uint8)
+    return found
+
+
+def require(
+    run: Storage, number: int, ids: Sequence[str], folder: str, dataset: Dataset
+) -> dict[str, np.ndarray]:
+    """The stored labels of all picks of a round.
+
+    Raises:
+        WaitingForLabels: not all have come.
+        DataError: see `read_labels`.
+    """
+    labels = read_labels(Storage(folder), ids, dataset)
+    if left := sorted(set(ids) - labels.keys()):
+        raise WaitingForLabels(
+            f"round {number} waits for {len(left)} of {len(ids)} labels, the first of {left[0]}: label the images of "
+            f"{run.uri}/{place(number)}, put <tile_id>.png or a Label Studio export into {folder}, and start the same command again"
+        )
+    return labels
+
+
+def take(run: Storage, number: int, tiles: Store, labels: dict[str, np.ndarray]) -> None:
+    """Append a round's tiles with their labels to the run's own store; done twice it is the same store."""
+    target, dataset = run.at(LABELLED), tiles.dataset
+    ids = sorted(labels)
+    at = tiles.index.take(pc.index_in(pa.array(ids), tiles.index["tile_id"])).to_pylist()
+    images = read_tiles(tiles.storage, tiles.locations(ids), dataset.tile_size)
+    rows = []
+    for row, tile in zip(at, images, strict=True):
+        if not isinstance(tile, Tile):
+            raise DataError(f"tile {tile.tile_id} was labelled and is unusable: {tile.reason}")
+        label = labels[tile.tile_id]
+        own = {f.name: row[f.name] for f in store.TILES if f.name in row}
+        own["pixels"] = pixel_counts(label, len(dataset.classes)).tolist()
+        rows.append(own | {"image": codec.encode_image(tile.image), "label": codec.encode_label(label)})
+    path = f"shards/round-{number:04d}.parquet"
+    piece = store.write_shard(target, path, rows)
+    if target.exists("dataset.json"):
+        before = Store.open(target.uri).index
+        before = before.filter(pc.not_equal(before["shard"], path))
+        piece = pa.concat_tables([before, piece.cast(before.schema)])
+    store.finish(
+        target, name=f"{dataset.name}, labelled", classes=dataset.classes, ignore=dataset.ignore,
+        tile_size=dataset.tile_size, index=piece,
+    )  # fmt: skip
+
+
+def _csv(rows: list[dict[str, Any]], picks: Selection) -> str:
+    out = io.StringIO()
+    table = csv.writer(out, lineterminator="\n")
+    table.writerow(["tile_id", "rank", "reason", "region", "source", "row", "col", "image"])
+    for rank, (row, reason) in enumerate(zip(rows, picks.reasons, strict=True)):
+        own = [row[k] for k in ("region", "source", "row", "col")]
+        table.writerow([row["tile_id"], rank, reason, *own, f"images/{row['tile_id']}.png"])
+    return out.getvalue()
+
+
+def geojson(rows: Sequence[dict[str, Any]], side: int) -> dict[str, Any]:
+    """Footprints of tiles in longitude and latitude, WGS 84; null geometry where a tile has no georeference.
+
+    Args:
+        rows: of the index.
+        side: of a tile, pixels.
+    """
+    features = []
+    for row in rows:
+        ring = corners(row["crs"], row["transform"], side)
+        shape = None if ring is None else {"type": "Polygon", "coordinates": [[*ring, ring[0]]]}
+        properties = {k: row[k] for k in ("tile_id", "region", "source", "row", "col")}
+        features.append({"type": "Feature", "geometry": shape, "properties": properties})
+    return {"type": "FeatureCollection", "features": features}
+
+
+def _tasks(picks: Selection) -> list[dict[str, Any]]:
+    return [
+        {"data": {IMAGE: f"images/{t}.png", "tile_id": t, "reason": reason}}
+        for t, reason in zip(picks.tile_ids, picks.reasons, strict=True)
+    ]
+
+
+def _studio_config(classes: tuple[LandClass, ...]) -> str:
+    from xml.sax.saxutils import quoteattr
+
+    labels = "\n".join(
+        f"    <Label value={quoteattr(c.name)} background={quoteattr(c.color)}/>" for c in classes
+    )
+    return (
+        f'<View>\n  <Image name="{IMAGE}" value="${IMAGE}"/>\n  <PolygonLabels name="{LABEL}" toName="{IMAGE}">\n{labels}\n'
+        "  </PolygonLabels>\n</View>\n"
+    )
+
+
+def _annotations(folder: Storage, path: str) -> list[tuple[str, list[dict[str, Any]]]]:
+    """(tile_id, results of the last annotation that was not cancelled) of each task that has one."""
+    where, found = f"{folder.uri}/{path}", []
+    try:
+        for task in json.loads(folder.read(path)):
+            kept = [a for a in task.get("annotations", []) if not a.get("was_cancelled")]
+            if kept:
+                found.append((task["data"]["tile_id"], kept[-1]["result"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{where} is not a Label Studio export in JSON with tile_id in data ({error!r})"
+        ) from error
+    return found
+
+
+def _drawn(results: list[dict[str, Any]], dataset: Dataset, where: str) -> np.ndarray:
+    """(side, side) uint8 stored label; later regions are drawn over earlier ones."""
+    side = dataset.tile_size
+    number = {c.name: k for k, c in enumerate(dataset.classes, start=1)}
+    label = np.zeros((side, side), np.uint8)
+    for region in results:
+        kind = region.get("type")
+        if kind not in ("polygonlabels", "choices"):
+            raise DataError(
+                f"{where}: a region of type {kind!r}; polygons and one choice a tile are read, masks as PNG files"
+            )
+        names = region["value"][kind]
+        if len(names) != 1 or names[0] not in number:
+            raise DataError(f"{where}: class {names}, the data set has {', '.join(number)}")
+        if kind == "choices":
+            label[:] = number[names[0]]
+            continue
+        points = np.array(region["value"]["points"], float) * side / 100
+        shifted = np.rint((points - 0.5) * 16).astype(np.int32)  # pixel centres, with four bits of fraction
+        cv2.fillPoly(label, [shifted], number[names[0]], shift=4)
+    return label

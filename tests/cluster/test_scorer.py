@@ -1,0 +1,83 @@
+"""What a scorer and the keeper of its scores give, without a cluster."""
+
+import numpy as np
+import pytest
+import torch
+
+from raysed.cluster import scorekeeping
+from raysed.cluster.scorekeeping import Scorekeeper
+from raysed.cluster.scoring import Network, Scorer, Scores
+from raysed.config import SelectConfig
+from raysed.core.networks import build
+from raysed.core.step import to_device
+from raysed.core.uncertainty import log_probabilities, tile_scores
+from raysed.io.store import Store, read_tiles
+
+ARCH = "unet:resnet18"
+
+
+class LocalScorer(Scorer):
+    """In this process."""
+
+    def node(self) -> str:
+        return "here"
+
+
+@pytest.fixture(scope="module")
+def store(small_store) -> Store:
+    return Store.open(small_store)
+
+
+def test_loss_and_features_are_those_of_a_plain_forward_pass(store):
+    ids = store.index["tile_id"].to_pylist()[:20]
+    net = build(ARCH, 8, 4).eval()
+    weights = {n: t.numpy() for n, t in net.state_dict().items()}
+    scorer = LocalScorer(Network(ARCH, 8, "fp32", "cpu"), store.storage.uri, 64, 1 << 30)
+    for _ in range(2):  # the second time the images are kept already
+        found = scorer.score(weights, "v", store.locations(ids), 64, 1, features=True, loss=True)
+    bare = scorer.score(weights, "v", store.locations(ids), 64, 1)
+    assert bare["features"].shape == (20, 0)
+    assert np.array_equal(bare["scores"], found["scores"])
+    tiles = read_tiles(store.storage, store.locations(ids), 64)
+    x, y = to_device(
+        np.stack([t.image for t in tiles]), np.stack([t.label for t in tiles]), torch.device("cpu")
+    )
+    with torch.inference_mode():
+        logits, features = net.with_features(x)
+        log_p = log_probabilities(logits)
+        loss = torch.nn.functional.cross_entropy(logits, y.long(), ignore_index=255, reduction="none")
+    known = (y != 255).sum((1, 2)).clamp_min(1)
+    assert found["loss"] == pytest.approx((loss.sum((1, 2)) / known).numpy(), rel=1e-4)
+    assert found["scores"] == pytest.approx(tile_scores(log_p).numpy(), rel=1e-3, abs=1e-6)
+    assert found["features"].astype(float) == pytest.approx(features.numpy(), rel=1e-2, abs=1e-3)
+
+
+def test_the_irreducible_loss_is_found_once_a_run_and_goes_on_from_the_ledger(store, monkeypatch):
+    ids = sorted(store.split("train")["tile_id"].to_pylist())
+    passes = []
+
+    def score_pool(scorers, threads, weights, version, locations, *, side, features=False, loss=False):
+        passes.append((version, side, loss))
+        own = [at["tile_id"] for at in locations][1:]  # one cannot be read
+        n = len(own)
+        return Scores(
+            own, np.zeros((n, 10), np.float32), np.zeros((n, 0)), np.arange(n, dtype=np.float32), [], {}
+        )
+
+    def keeper() -> Scorekeeper:
+        select = SelectConfig(strategy="reducible-loss", reference="r")
+        return Scorekeeper((), 1.0, store, select, multiple=32, reference=lambda: ({}, "reference"))
+
+    monkeypatch.setattr(scorekeeping, "score_pool", score_pool)
+    monkeypatch.setattr(scorekeeping, "present", lambda *_: ([], []))
+    first, nothing = keeper(), lambda: pytest.fail("no weights are asked for")
+    one = first.scores(ids, nothing, nothing)
+    two = first.scores(ids, nothing, nothing)
+    assert passes == [("reference", 64, True)]
+    assert [one.tiles, two.tiles] == [len(ids) - 1, 0]
+    assert one.table["irreducible"].to_pylist()[:3] == [None, 0.0, 1.0]
+    again = keeper()
+    again.restore(two.table, None)
+    three = again.scores(ids, nothing, nothing)
+    assert len(passes) == 1
+    assert three.table["irreducible"] == one.table["irreducible"]

@@ -1,0 +1,49 @@
+import pyarrow as pa
+import pytest
+
+from raysed.core.splits import halves, training_rows, validation_rows
+
+
+@pytest.fixture
+def index() -> pa.Table:
+    """Two tiles of each of 40 sources in four regions; every fourth source is validation; the last has no label."""
+    rows = [
+        {
+            "tile_id": f"s{n}-{k}",
+            "source": f"s{n}",
+            "region": f"r{n % 5}",
+            "split": "val" if n % 4 == 3 else "train",
+            "label_offset": None if n == 39 else 0,
+        }
+        for n in range(40)
+        for k in range(2)
+    ]
+    return pa.Table.from_pylist(rows)
+
+
+def test_halves_are_disjoint_complete_and_keep_a_source_together(index):
+    both = validation_rows(index, "all", None)["tile_id"].to_pylist()
+    dev, report = (validation_rows(index, half, None) for half in ("dev", "report"))
+    assert sorted([*dev["tile_id"].to_pylist(), *report["tile_id"].to_pylist()]) == sorted(both)
+    assert not set(dev["source"].to_pylist()) & set(report["source"].to_pylist())
+    assert len(both) == 18
+    assert len(dev) == 10
+
+
+def test_the_halves_of_a_store_never_change():
+    """Results rest on them."""
+    regions = {f"dubai_t{t}_p{p}": f"dubai_t{t}" for t in (1, 2, 3) for p in (3, 7)}
+    assert [s for s, half in halves(regions).items() if half == "dev"] == [
+        "dubai_t1_p3",
+        "dubai_t2_p3",
+        "dubai_t3_p3",
+    ]
+
+
+def test_a_region_held_out_is_validated_on_and_not_trained_on(index):
+    train, val = training_rows(index, "r1,r2"), validation_rows(index, "all", "r1,r2")
+    assert set(train["region"].to_pylist()) == {"r0", "r3", "r4"}
+    assert set(train["split"].to_pylist()) == {"train"}
+    assert set(val["region"].to_pylist()) == {"r1", "r2"}
+    assert set(val["split"].to_pylist()) == {"train", "val"}
+    assert len(training_rows(index, None)) == 60

@@ -1,0 +1,169 @@
+"""Evidence from result files alone: no run directory, no Ray."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from raysed.config import Experiment
+from raysed.core.metrics import scores
+from raysed.errors import UsageError
+from raysed.io.ledger import Manifest
+from raysed.io.storage import Storage
+from raysed.report import runfile
+from raysed.report.evidence import METRICS, by_labels, curve, goal, summary_rows, verdict, write_evidence
+from raysed.report.evidence import read_arms as read
+from raysed.report.runfile import RunFile
+
+CYCLES, SOURCES, NAMES = 12, 6, ["road", "tree", "water"]
+KINDS = {"ceiling": "ceiling", "uniform": "passive", "epoch-queue": "passive", "defensive": "active"}
+GAIN = {"ceiling": 12, "uniform": 0, "epoch-queue": 2, "defensive": 7}
+FILES = {name: name for name in KINDS}
+
+
+def counts_of(arm: str, seed: int, cycle: int) -> np.ndarray:
+    """(M, C, C): the hits grow with the cycle and by the arm's gain; what a seed and an image add is the same for all arms."""
+    rng = np.random.default_rng([seed, cycle])
+    hits = 40 + cycle + GAIN[arm] + rng.integers(0, 6, (SOURCES, 3))
+    counts = np.zeros((SOURCES, 3, 3), int)
+    for c in range(3):
+        counts[:, c, c] = hits[:, c]
+        counts[:, c, (c + 1) % 3] = 100 - hits[:, c]
+    return counts
+
+
+def run_file(arm: str, seed: int, cycles: int = CYCLES) -> RunFile:
+    full = [counts_of(arm, seed, t) for t in range(cycles)]
+    tiles = 100 if arm == "ceiling" else 20
+    manifests = []
+    for t, counts in enumerate(full):
+        record = {
+            "strategy": arm,
+            "tiles": tiles,
+            "estimated": 16,
+            "labelled": 100,
+            "train": {"loss": 1.0},
+            "val": {"loss": 1.0, "soft_iou": 0.1, **scores(counts.sum(0), NAMES)},
+            "scores": {"tiles": 10, "side": 32, "entropy_mean": 1.0} if arm == "defensive" else None,
+            "seconds": {"total": tiles / 10 + (0.1 if arm == "defensive" else 0)},
+        }
+        manifests.append(Manifest(t, {"manifest.json": {"sha256": f"{t:064d}", "bytes": 0}}, record))
+    picks = {
+        "coverage": [0.2, 0.4],
+        "repeats": [0.1],
+        **{k: dict.fromkeys(NAMES, 1 / 3) for k in ("classes", "pool_classes", "regions", "pool_regions")},
+    }
+    facts = {
+        "config": Experiment(seed=seed, cycles=CYCLES).to_dict(),
+        "data": {"name": "made up", "hash": "ab" * 32, "tile_size": 64, "train": 100, "val": 30},
+        "environment": {"commit": "c", "command": "python jobs/evidence.py", "cpu": "x", "cores": 2},
+        "device": "cpu",
+        "replay": [],
+        "picks": picks,
+        "sources": {"names": [f"s{m}" for m in range(SOURCES)], "counts": [c.tolist() for c in full[-10:]]},
+    }
+    return RunFile(arm, seed, facts, manifests)
+
+
+@pytest.fixture
+def results(tmp_path):
+    storage = Storage(str(tmp_path))
+    for arm in KINDS:
+        for seed in (0, 1, 2):
+            found = run_file(arm, seed)
+            storage.write(found.path, found.to_bytes())
+    return storage
+
+
+def test_a_clear_win_is_one_against_the_best_passive_arm(results):
+    text = write_evidence(results, KINDS, FILES, "dev")
+    rows = json.loads(results.read("summary.json"))
+    assert len(rows) == len(KINDS) * len(METRICS)
+    found = {(r["arm"], r["metric"]): r for r in rows}
+    ours = found["defensive", "miou"]
+    assert ours["best_passive"] == "epoch-queue"
+    assert ours["kind"] == "active"
+    assert ours["seeds"] == [0, 1, 2]
+    last = [
+        [scores(counts_of(a, s, t).sum(0), NAMES)["miou"] for t in range(2, 12)]
+        for a in ("defensive", "epoch-queue")
+        for s in range(3)
+    ]
+    assert ours["mean"] == pytest.approx(np.mean(last[:3]))
+    assert ours["minus_best_passive"] == pytest.approx(np.mean(last[:3]) - np.mean(last[3:]))
+    assert 0 < ours["ci_low"] < ours["minus_best_passive"] < ours["ci_high"]
+    assert ours["interval"] == "seeds and sources"
+    assert found["defensive", "aulc_compute"]["interval"] == "seeds"
+    assert verdict(ours) == "better"
+    assert verdict(found["uniform", "miou"]) == "worse"
+    assert (
+        verdict({**found["defensive", "cv"], "ci_low": -0.2, "ci_high": -0.1}) == "better"
+    )  # less is better
+    assert found["epoch-queue", "miou"]["minus_best_passive"] is None
+    assert found["ceiling", "time_ratio"]["mean"] == pytest.approx(5)
+    assert all(goal(rows, "defensive").values())
+    assert "| defensive | better |" in text
+    assert not next(iter(goal(rows, "uniform").values()))
+    assert results.read("curves.svg").startswith(b"<svg")
+    assert write_evidence(results, KINDS, FILES, "dev") == text
+
+
+def test_compute_counts_passes_backward_and_scoring_at_its_side():
+    assert curve(run_file("uniform", 0))["compute"][:2].tolist() == [76, 152]
+    assert curve(run_file("defensive", 0))["compute"][0] == 76 + 10 / 4
+    assert curve(run_file("ceiling", 0))["tiles"][-1] == 1200
+
+
+def test_curves_are_compared_where_all_have_values(results):
+    rows = {(r["arm"], r["metric"]): r["mean"] for r in summary_rows(read(results, KINDS, FILES), "dev")}
+    first = [scores(counts_of("ceiling", s, t).sum(0), NAMES)["miou"] for s in range(3) for t in (0, 1)]
+    at = [(100, first[::2]), (200, first[1::2])]  # the ceiling's part of 100 to 240 tiles
+    low, high = (float(np.mean(v)) for _, v in at)
+    assert min(low, high) - 0.02 < rows["ceiling", "aulc_tiles"] < max(low, high) + 0.05
+    assert rows["defensive", "aulc_tiles"] > rows["uniform", "aulc_tiles"]
+
+
+def test_one_seed_has_no_deviation_but_an_interval_over_images(tmp_path):
+    storage = Storage(str(tmp_path))
+    for arm in ("uniform", "defensive"):
+        found = run_file(arm, 0)
+        storage.write(found.path, found.to_bytes())
+    write_evidence(storage, KINDS, FILES, "dev")
+    rows = {(r["arm"], r["metric"]): r for r in json.loads(storage.read("summary.json"))}
+    assert rows["defensive", "miou"]["sd"] is None
+    assert rows["defensive", "miou"]["ci_low"] is not None
+    assert rows["defensive", "aulc_tiles"]["ci_low"] is None
+    assert math.isfinite(rows["defensive", "aulc_tiles"]["minus_best_passive"])
+
+
+def test_without_a_passive_arm_there_is_nothing_to_judge_by(tmp_path):
+    storage = Storage(str(tmp_path))
+    found = run_file("defensive", 0)
+    storage.write(found.path, found.to_bytes())
+    with pytest.raises(UsageError, match="no finished run of a passive arm"):
+        write_evidence(storage, KINDS, FILES, "dev")
+
+
+def test_labels_count_at_the_end_of_each_round(tmp_path):
+    storage = Storage(str(tmp_path))
+    for arm in ("ceiling", "uniform", "defensive"):
+        found = run_file(arm, 0)
+        if arm != "ceiling":  # it has all labels
+            for m in found.cycles:
+                m.record["labelled"] = 10 * (1 + m.cycle // 3)
+            found.facts["config"]["select"]["protocol"] = "pool"
+        storage.write(found.path, found.to_bytes())
+    labels, miou = by_labels(curve(run_file_of(storage, "uniform")))
+    assert labels.tolist() == [10, 20, 30, 40]
+    assert miou.tolist() == curve(run_file("uniform", 0))["miou"][2::3].tolist()
+    write_evidence(storage, KINDS, FILES, "dev")
+    rows = {(r["arm"], r["metric"]): r for r in json.loads(storage.read("summary.json"))}
+    assert {r["protocol"] for r in rows.values()} == {"pool"}
+    assert rows["ceiling", "aulc_labels"]["mean"] is None
+    assert rows["uniform", "aulc_labels"]["mean"] == pytest.approx(np.trapezoid(miou, labels) / 30)
+    assert "labels bought" in storage.read("curves.svg").decode()
+
+
+def run_file_of(storage: Storage, arm: str) -> RunFile:
+    return runfile.read(storage, runfile.file_of(arm, 0))
