@@ -611,9 +611,10 @@ class Worker:
             if step >= estimated:
                 kept.append(pixels)
             if step + 1 < order.steps and self._is_due(step + 1):
-                part = self._count(opened, part, step + 1)
+                self._count(opened, part, step + 1)
                 if self.rank == 0:
                     self._commit_inside(opened)
+                part = Part(stream)
         self.learner.estimate(
             ([(n, to_images(images, self.device)) for n, images in own], self._micro_batches(order, step))
             for step, own in enumerate(kept, start=estimated)
@@ -645,8 +646,8 @@ class Worker:
             self._noticed = due = True
         return due
 
-    def _count(self, opened: OpenCycle, part: "Part", done: int) -> "Part":
-        """Add to the cycle what all ranks have done since the last time; what to count next."""
+    def _count(self, opened: OpenCycle, part: "Part", done: int) -> None:
+        """Add to the cycle what all ranks have done since the last time."""
         stall, nodes, bad = part.stream.told()
         opened.clock.add("train", time.perf_counter() - part.began - stall)
         opened.clock.add("stall", stall)
@@ -666,7 +667,6 @@ class Worker:
                 opened.nodes[kind] += own_work[kind]
             self._quarantine(own_bad)
         opened.done = done
-        return Part(part.stream)
 
     def _commit_inside(self, opened: OpenCycle) -> None:
         """Commit the state after some steps, in a thread."""

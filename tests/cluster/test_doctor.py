@@ -63,7 +63,7 @@ def test_resources():
     fits = Experiment(optim=OptimConfig(batch=32, micro_batch=8), cluster=ClusterConfig(workers=4, scorers=4))
     assert checks.resources(fits, [Offer("cpu", {"CPU": 4.0}, 1)]).status == "pass"
     assert_fails(
-        checks.resources(fits, [Offer("cpu", {"CPU": 2.0}, 1)]), 7, "4 workers of 0.5 CPU", "1 x cpu (2 CPU)"
+        checks.resources(fits, [Offer("cpu", {"CPU": 2.0}, 1)]), 7, "4 workers of 0.6 CPU", "1 x cpu (2 CPU)"
     )
     assert_fails(checks.resources(fits, []), 7, "no node")
 
