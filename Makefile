@@ -1,5 +1,5 @@
 # make active   the main job on the embedded demo
-# make twin     the whole cluster path on this machine: bucket, nodes, job submit (KEEP=1, ELASTIC=1, AUTOSCALE=1)
+# make twin     the whole cluster path on this machine: bucket, nodes, job submit (KEEP=1, DISK=1, ELASTIC=1, AUTOSCALE=1)
 # make bench    ratios to the hardware and to plain PyTorch (ROWS="'stall' 'commit'" for some)
 # make chaos    faults injected into small runs here (FAULTS="F1 F21" for some of them)
 # make test     the tests (make check: the ones without Ray; make test-all: the slow ones as well)
@@ -15,7 +15,7 @@ active: $(READY)
 
 twin: $(READY)
 	$(PYTHON) -m pip install --quiet -c constraints.txt -e ".[local]"
-	$(PYTHON) jobs/twin.py $(if $(ELASTIC),elastic) $(if $(AUTOSCALE),autoscaled) $(if $(KEEP),--keep)
+	$(PYTHON) jobs/twin.py $(if $(DISK),disk) $(if $(ELASTIC),elastic) $(if $(AUTOSCALE),autoscaled) $(if $(KEEP),--keep)
 
 bench: $(READY)
 	$(PYTHON) jobs/bench.py $(if $(ROWS),--rows $(ROWS))

@@ -3,6 +3,7 @@ authentication on; a tile store is prepared into the bucket and `ray job submit 
 
     make twin                two nodes, about four minutes on two cores
     make twin KEEP=1         leaves it up and prints where the dashboard and TensorBoard are
+    make twin DISK=1         then the same run from and to disk, and the tiles a second of both
     make twin ELASTIC=1      one worker; a node joins and is killed while it trains
     make twin AUTOSCALE=1    the node types of cluster.yaml as local processes, started and ended by Ray's autoscaler
 
@@ -27,6 +28,7 @@ from raysed.runs import say
 
 PLAYS = {
     "two-nodes": (twin.two_nodes, {"nodes": 2}),
+    "disk": (twin.bucket_and_disk, {"nodes": 2}),
     "elastic": (twin.elastic, {"nodes": 1}),
     "autoscaled": (twin.autoscaled, {"cluster_file": twin.ROOT / "cluster.yaml"}),
 }

@@ -80,6 +80,8 @@ NOTICE_STEPS = 8
 """Steps between two looks for a notice that a node is about to be taken away."""
 BEAT_SECONDS = 2.0
 """Between two signs of life of rank 0."""
+SKIPPED_STEPS = 3
+"""Steps in a row without a finite gradient that are left out; one more, and training has diverged."""
 HOLD_SECONDS = 60.0
 """How long a run waits at the point named by RAYSED_HOLD, for whoever wants to kill it there."""
 
@@ -251,6 +253,8 @@ class Worker:
         self._pending: Future[None] | None = None
         self._open: OpenCycle | None = None
         self._noticed = False
+        self.rollbacks = 0
+        """Times that this run has gone back to a commit because it diverged; each halves the learning rate."""
 
     def run(self) -> bool:
         """All cycles that are left; False if the run was asked to stop."""
@@ -263,13 +267,30 @@ class Worker:
                     break
                 if self._pending and self._pending.done():
                     self._settle()  # a commit that failed ends the run before another cycle is trained
-                self._cycle(cycle)
+                self._survived(cycle)
         except Exception:
             with suppress(Exception):  # the first error counts; what was trained before it is committed
                 self._settle()
             raise
         self._settle()
         return not stop
+
+    def _survived(self, cycle: int) -> None:
+        """Run a cycle; one that diverges is run again from the last commit, at half the learning rate, as often as is allowed."""
+        while True:
+            try:
+                return self._cycle(cycle)
+            except DivergedError as error:
+                if self.rollbacks >= self.exp.optim.rollbacks:
+                    raise
+                if self.rank == 0:
+                    self._say(f"{error}: going back to the last commit, at half the learning rate")
+            self._settle()
+            before = self.rollbacks
+            self.learner = self._learner()
+            self._open = None
+            _, self.weights_hash = self._resume()
+            self.rollbacks = before + 1
 
     def _network(self) -> networks.Network:
         """The network as the run begins it; only rank 0's counts, the others receive its weights."""
@@ -348,6 +369,7 @@ class Worker:
             load(checkpoint.unpack(self.ledger.read(commit, name), name))
         state = json.loads(self.ledger.read(commit, "state.json"))
         self.state = state["strategy"]
+        self.rollbacks = state.get("rollbacks", 0)
         self.quarantine = {b["tile_id"]: BadTile(**b) for b in state["quarantine"]}
         inside = commit.step is not None
         if self.keeper and self.rank == 0:
@@ -387,7 +409,7 @@ class Worker:
         self._at("evaluate", cycle)
         with clock.phase("evaluate"):
             val, read = self._evaluate()
-        self._check(cycle, train)
+        self._check(cycle, train, val)
         if self.rank == 0:
             began = time.perf_counter()
             self._settle()
@@ -598,7 +620,7 @@ class Worker:
                 part.positions.append(positions)
                 pixels.append((number, images))
             at = (cycle - first) * order.steps + step
-            lr = learning_rate(exp.optim.lr, exp.optim.schedule, at, length * order.steps)
+            lr = learning_rate(exp.optim.lr / 2**self.rollbacks, exp.optim.schedule, at, length * order.steps)
             part.losses.append(
                 self.learner.step(
                     micro,
@@ -608,6 +630,8 @@ class Worker:
                     visits=part.visits if self.collects else None,
                 )
             )
+            if self.learner.skipped:
+                self._left_out(opened, order, step)
             if step >= estimated:
                 kept.append(pixels)
             if step + 1 < order.steps and self._is_due(step + 1):
@@ -623,13 +647,27 @@ class Worker:
         self._count(opened, part, order.steps)
         if self.keeper and self.collects and self.rank == 0:
             visits = sorted(opened.visits, key=lambda v: v[0])
-            visits = [
-                v for v in visits if order.order[v[0]] not in self.quarantine
-            ]  # black, they tell nothing
+            black = self.quarantine
+            visits = [v for v in visits if order.order[v[0]] not in black and np.isfinite(v[1]).all()]
             rows = np.stack([row for _, row in visits]) if visits else self.keeper.visits[1][:0]
             self.keeper.visits = [order.order[p] for p, _ in visits], rows
         loss, known = (math.fsum(column) for column in zip(*opened.losses, strict=True))
         return {"loss": loss / max(known, 1), "lr": lr}
+
+    def _left_out(self, opened: OpenCycle, order: Plan, step: int) -> None:
+        """A step had no finite gradient: say so, and give up if there are too many in a row, or no good one after it."""
+        row = self.learner.skipped
+        if self.rank == 0:
+            self._say(f"step {step + 1} of cycle {opened.cycle + 1} has no finite gradient and is left out")
+        if row > SKIPPED_STEPS:
+            tiles = order.order[max(0, step + 1 - row) * order.batch : (step + 1) * order.batch]
+            if self.rank == 0:
+                dump = {"cycle": opened.cycle, "steps": [max(0, step + 1 - row), step + 1], "tile_ids": tiles}
+                self.ledger.storage.write("diverged.json", (json.dumps(dump, indent=1) + "\n").encode())
+            raise DivergedError(
+                f"training diverged in cycle {opened.cycle}: {row} steps in a row have no finite gradient; their tiles are in "
+                "diverged.json, the last good cycle is committed: lower optim.lr"
+            )
 
     def _micro_batches(self, order: Plan, step: int) -> int:
         """Micro-batches of a step that hold tiles, over all ranks."""
@@ -799,21 +837,22 @@ class Worker:
                 f"{allowed:.1f}; the first is {first.tile_id}: {first.reason}"
             )
 
-    def _check(self, cycle: int, train: dict[str, float]) -> None:
+    def _check(self, cycle: int, train: dict[str, float], val: dict[str, Any]) -> None:
         finite = (
             torch.isfinite(torch.cat([p.detach().flatten() for p in self.learner.parameters.values()]))
             .all()
             .item()
         )
-        if not math.isfinite(train["loss"]) or not finite:
+        if not finite or not all(map(math.isfinite, (train["loss"], val["loss"]))):
             raise DivergedError(
-                f"training diverged in cycle {cycle}: loss {train['loss']}; the last good cycle is committed: lower optim.lr"
+                f"training diverged in cycle {cycle}: loss {train['loss']}, in validation {val['loss']}; the last good cycle is committed: lower optim.lr"
             )
 
     def _state_bytes(self, opened: OpenCycle) -> bytes:
         state = {
             "strategy": opened.selection.state,
             "excluded": opened.excluded,
+            "rollbacks": self.rollbacks,
             "quarantine": [asdict(self.quarantine[t]) for t in sorted(self.quarantine)],
         }
         return (json.dumps(state, indent=1) + "\n").encode()

@@ -6,6 +6,7 @@ the node types of cluster.yaml, started and ended by Ray's autoscaler.
 import contextlib
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -181,6 +182,36 @@ def two_nodes(twin: Twin) -> dict[str, Any]:
         if len(work[kind]) < 2:
             raise ResourcesError(f"all {kind} work happened on one node, two were there: {work[kind]}")
     return {"work_by_node": work}
+
+
+def bucket_and_disk(twin: Twin) -> dict[str, Any]:
+    """The same store and run twice on the same two nodes: from and to the bucket, then from and to this machine's disk."""
+    facts = two_nodes(twin)
+    tiles, run = str(twin.folder / "tiles"), str(twin.folder / "run")
+    twin.follow(*PREPARE[:-1], tiles, "--shared-filesystem")
+    twin.follow(*TWO_NODES, "--data", tiles, "--run", run, "--cluster.shared-filesystem", "true")
+    speeds = {"bucket": _speeds(RUN), "disk": _speeds(run)}
+    for place, found in speeds.items():
+        twin.say(f"{place:<7} {'  '.join(f'{k} {v:g}' for k, v in found.items())}")
+    return {**facts, "tiles_per_second": speeds}
+
+
+def _speeds(run: str) -> dict[str, float]:
+    """Median tiles a second by phase, and seconds of waiting for tiles, of the warm cycles of both arms."""
+    found: dict[str, list[float]] = {}
+    for place in (run, f"{run}/baseline"):
+        for manifest in Ledger(Storage(place)).manifests()[1:]:
+            record, seconds = manifest.record, manifest.record["seconds"]
+            scored = record["scores"]["tiles"] if record["scores"] else 0
+            for phase, tiles, took in (
+                ("train", record["tiles"], seconds["train"] + seconds["stall"]),
+                ("evaluate", record["val"]["tiles"], seconds["evaluate"]),
+                ("score", scored, seconds.get("score", 0.0)),
+            ):
+                if tiles and took:
+                    found.setdefault(phase, []).append(tiles / took)
+            found.setdefault("stall_seconds", []).append(seconds["stall"])
+    return {k: round(statistics.median(v), 2) for k, v in found.items()}
 
 
 def elastic(twin: Twin) -> dict[str, Any]:

@@ -130,6 +130,8 @@ class Learner:
         self.average = Average(net, ema) if ema else None
         self.served: nn.Module = self.average.net if self.average else net
         self.norm = BatchNormStatistics(net)
+        self.skipped = 0
+        """Steps without a finite gradient since the last good one, the same on every rank."""
         self.parameters = {n: p for n, p in net.named_parameters() if p.requires_grad}
         kernels = [p for p in self.parameters.values() if p.ndim > 1]
         others = [p for p in self.parameters.values() if p.ndim <= 1]
@@ -165,7 +167,8 @@ class Learner:
             visits: if given, each micro-batch's `visit_scores` are appended.
 
         Returns:
-            (2,) float32 on the device, detached: summed focal loss and known pixels of this rank.
+            (2,) float32 on the device, detached: summed focal loss and known pixels of this rank; zeros if the gradient was not finite
+            on any rank: then nothing has changed but `skipped`.
         """
         self.net.train()
         for group in self.adam.param_groups:
@@ -201,12 +204,13 @@ class Learner:
                 self.adam.zero_grad(set_to_none=True)
         if gradients:
             self._set_gradients(self._in_order(gradients, total))
-        self.norm.merge(before, self._in_order(statistics, total))
-        if (
-            self.clip is not None
-        ):  # all ranks hold the sum over all micro-batches by now, and so the same norm
-            self.scaler.unscale_(self.adam)
-            nn.utils.clip_grad_norm_(self.parameters.values(), self.clip)
+        statistics_of_all = self._in_order(statistics, total)
+        if not self._tame():
+            self.norm.set(*before)
+            self.skipped += 1
+            return torch.zeros_like(done)
+        self.skipped = 0
+        self.norm.merge(before, statistics_of_all)
         self.scaler.step(self.adam)
         self.scaler.update()
         if self.average:
@@ -236,6 +240,18 @@ class Learner:
             found += self._in_order(own, total)
         if self.average and found:
             self.average.norm.set(torch.stack(found).mean(0), self.norm.now()[1])
+
+    def _tame(self) -> bool:
+        """Limit the gradient where asked for; whether it is finite.  All ranks hold the sum over all micro-batches by now, and so
+        the same norm.  What overflows in fp16 is the business of the loss scaler.
+        """
+        if self.clip is not None:
+            self.scaler.unscale_(self.adam)
+        own = [p for p in self.parameters.values() if p.grad is not None]
+        length = nn.utils.get_total_norm([p.grad for p in own if p.grad is not None])
+        if self.clip is not None:
+            nn.utils.clip_grads_with_norm_(own, self.clip, length)
+        return self.scaler.is_enabled() or bool(length.isfinite())
 
     def _autocast(self) -> torch.autocast:
         dtype = DTYPES[self.precision]

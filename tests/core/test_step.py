@@ -176,6 +176,24 @@ def test_overfits_one_batch_and_resumes_bit_equal(extra):
     assert all(torch.equal(v, other.weights()[k]) for k, v in one.weights().items())
 
 
+@pytest.mark.parametrize("extra", [{}, STABLE], ids=["plain", "stable"])
+def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(extra):
+    images, labels = (np.stack(x) for x in zip(*map(tile, range(4)), strict=True))
+    x, y = to_device(images, labels, torch.device("cpu"))
+    learner = Learner(small_net(True), alpha=np.ones(3, np.float32), gamma=2, batch=4, precision="fp32", **extra)  # fmt: skip
+    good = [MicroBatch(0, x, y)]
+    learner.step(good, lr=1e-2, key=("o", 0), total=1)
+    before, moments = learner.weights(), learner.optimizer_state()
+    for count in (1, 2):
+        done = learner.step([MicroBatch(0, x * torch.nan, y)], lr=1e-2, key=("o", count), total=1)
+        assert done.tolist() == [0, 0]
+        assert learner.skipped == count
+    assert all(torch.equal(v, before[k]) for k, v in learner.weights().items())
+    assert all(torch.equal(v, moments[k]) for k, v in learner.optimizer_state().items())
+    assert learner.step(good, lr=1e-2, key=("o", 3), total=1)[1] > 0
+    assert learner.skipped == 0
+
+
 def test_the_average_is_the_recursion_and_is_what_is_evaluated_and_committed():
     learner = train(0, 1, norm=True, ordered=False, steps=0, stable=True)
     images, labels = (np.stack(x) for x in zip(*map(tile, range(2)), strict=True))
