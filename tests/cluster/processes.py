@@ -24,7 +24,13 @@ def command(job: str, *argv: str) -> list[str]:
 
 def environment(**extra: str) -> dict[str, str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("RAYSED_") and k != "RAY_ADDRESS"}
-    return {**clean, "RAYSED_REAL_DATA": os.environ.get("RAYSED_REAL_DATA", ""), **extra}
+    return {
+        **clean,
+        "RAYSED_REAL_DATA": os.environ.get("RAYSED_REAL_DATA", ""),
+        "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",  # two actors less to start; test_twin has them
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        **extra,
+    }
 
 
 def run(

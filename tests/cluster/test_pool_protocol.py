@@ -13,6 +13,7 @@ from raysed.io.store import Store, read_tiles
 pytestmark = pytest.mark.ray
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_rounds_that_buy_labels_survive_a_kill(small_store, tmp_path):
     flags = ["--data", small_store, "--cycles", "4", "--select.protocol", "pool", "--pool.start", "0.1", "--pool.buy", "0.1",
