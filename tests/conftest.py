@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from raysed.cluster.local import ObjectServer
+from raysed.cluster.local import LocalCluster, ObjectServer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,8 +34,21 @@ def bucket(object_server):
 
 
 @pytest.fixture(scope="session")
-def ray_session():
-    """One local Ray for the whole session."""
+def ray_head(object_server, tmp_path_factory):
+    """One Ray node for the whole session, with this machine's CPUs; `RAY_ADDRESS` leads this process and its jobs to it."""
+    folder, cpus = tmp_path_factory.mktemp("ray"), len(os.sched_getaffinity(0))
+    with (
+        LocalCluster(folder, object_server.environment, head_cpus=cpus) as head,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+            patch.setenv(name, head.environment[name])
+        yield head
+
+
+@pytest.fixture(scope="session")
+def ray_session(ray_head):
+    """This process is connected to Ray."""
     import ray
 
     from raysed.cluster.connect import connect

@@ -182,13 +182,14 @@ class ObjectServer:
 
 
 class LocalCluster:
-    """A Ray head without CPUs and further nodes, each a raylet of its own, with token authentication.
+    """A Ray head, without CPUs if not told otherwise, and further nodes, each a raylet of its own, with token authentication.
 
     Args:
         folder: for the token and logs; Ray's own session goes to a short path below /tmp.
         environment: variables that every node has, and so the jobs too.
         types: node types, as in a cluster file, that Ray's autoscaler may start as further raylets; none starts none.
         idle_minutes: after which it ends one.
+        head_cpus: CPUs of the head.
     """
 
     def __init__(
@@ -197,6 +198,7 @@ class LocalCluster:
         environment: dict[str, str],
         types: dict[str, Any] | None = None,
         idle_minutes: float = 5.0,
+        head_cpus: int = 0,
     ) -> None:
         self.folder = folder.absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -216,13 +218,13 @@ class LocalCluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_JOB_STOP_WAIT_TIME_S": "120",  # `ray job stop` kills after 3 s otherwise, before a cycle can be committed
         }
-        self._types, self._idle_minutes = types, idle_minutes
+        self._types, self._idle_minutes, self._head_cpus = types, idle_minutes, head_cpus
         self.nodes: list[Process] = []
         self.metrics_ports: list[int] = []
 
     def __enter__(self) -> Self:
         host, _, port = self.address.rpartition(":")
-        self._start("--head", f"--node-ip-address={host}", f"--port={port}", "--num-cpus=0", "--num-gpus=0", "--dashboard-host=127.0.0.1",
+        self._start("--head", f"--node-ip-address={host}", f"--port={port}", f"--num-cpus={self._head_cpus}", "--num-gpus=0", "--dashboard-host=127.0.0.1",
                     f"--dashboard-port={self.dashboard.rpartition(':')[2]}", f"--ray-client-server-port={free_ports(1)[0]}", f"--temp-dir={self.session}", *self._autoscaling())  # fmt: skip
         return self
 

@@ -23,7 +23,7 @@ def command(job: str, *argv: str) -> list[str]:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAYSED_") and k != "RAY_ADDRESS"}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAYSED_")}
     return {
         **clean,
         "RAYSED_REAL_DATA": os.environ.get("RAYSED_REAL_DATA", ""),

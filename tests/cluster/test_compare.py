@@ -11,7 +11,7 @@ from raysed.errors import UsageError
 from raysed.io.ledger import Ledger
 from raysed.io.storage import Storage
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_head")]
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def test_the_report_half_needs_a_committed_plan_that_is_this_one(tmp_path):
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_killed_evidence_continues_and_repeats_nothing(small_store, tmp_path):
+def test_killed_evidence_continues_and_repeats_nothing(ray_head, small_store, tmp_path):
     root, kept = tmp_path / "runs", tmp_path / "kept"
     flags = ["--data", small_store, "--run", str(root), "--results", str(kept), "--cycles", "2", *FAST]
     flags += ["--arms", "uniform,defensive"]

@@ -13,7 +13,7 @@ from raysed.io.ledger import Ledger, difference, verify
 from raysed.io.storage import Storage, digest
 from raysed.io.store import Store
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_head")]
 STABLE = [
     "--optim.ema",
     "0.99",
@@ -217,7 +217,9 @@ def test_divergence_ends_with_code_5(small_store, tmp_path):
         "--optim.lr",
         "1e30",
     ]
-    assert "training diverged in cycle 0" in error_line(run("train", *flags, code=5))
+    done = run("train", *flags, code=5, RAY_ADDRESS="")  # and a Ray that the job starts itself
+    assert "training diverged in cycle 0" in error_line(done)
+    assert "going back to the last commit, at half the learning rate" in done.stdout
     assert not Ledger(Storage(str(tmp_path / "r"))).manifests()
 
 

@@ -10,7 +10,7 @@ from raysed.io.ledger import Ledger, difference, verify
 from raysed.io.storage import Storage
 from raysed.io.store import Store, read_tiles
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_head")]
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from raysed.config import Experiment, load_config, with_overrides
 from raysed.io.ledger import Ledger
 from raysed.io.storage import Storage
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_head")]
 
 
 def cycles_of(root, number: int) -> int:
