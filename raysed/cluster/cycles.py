@@ -330,12 +330,12 @@ class Worker:
         if self.rank:
             return
         holding = self.setup.hold == f"{point}@{cycle}"
+        if holding and point != "commit":
+            self._settle()  # whoever kills the run here finds what came before committed
         posted: Any = self.setup.monitor.post.remote(
             {"kind": "phase", "phase": point, "cycle": cycle, "holding": holding}
         )
         if holding:
-            if point != "commit":
-                self._settle()  # whoever kills the run here finds the cycle before committed
             ray.get(posted)
             time.sleep(HOLD_SECONDS)
 
