@@ -155,6 +155,7 @@ def test_two_arms_make_a_summary_and_a_report(small_store, tmp_path):
     assert "select.strategy: 'entropy' there, 'uniform' now" in error_line(refused)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_both_arms_start_from_an_exported_model_and_only_from_that_one(small_store, tmp_path):
     flags = ["--data", small_store, *FAST, "--cycles", "1"]
