@@ -190,6 +190,7 @@ class LocalCluster:
         types: node types, as in a cluster file, that Ray's autoscaler may start as further raylets; none starts none.
         idle_minutes: after which it ends one.
         head_cpus: CPUs of the head.
+        authenticated: it demands its token.
     """
 
     def __init__(
@@ -199,6 +200,7 @@ class LocalCluster:
         types: dict[str, Any] | None = None,
         idle_minutes: float = 5.0,
         head_cpus: int = 0,
+        authenticated: bool = True,
     ) -> None:
         self.folder = folder.absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -212,7 +214,7 @@ class LocalCluster:
             **{k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "RAYSED_"))},
             **environment,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_MODE": "token" if authenticated else "disabled",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_ADDRESS": self.address,  # pins what runs inside to this cluster, should there be another on the machine
             "RAY_USAGE_STATS_ENABLED": "0",
