@@ -198,6 +198,7 @@ class LocalCluster:
         folder: Path,
         environment: dict[str, str],
         types: dict[str, Any] | None = None,
+        *,
         idle_minutes: float = 5.0,
         head_cpus: int = 0,
         authenticated: bool = True,
