@@ -211,7 +211,7 @@ class Trial:
         """Wait until a process waits at the gate; its pid."""
         until = time.monotonic() + PATIENCE
         while not (self.folder / "reached").exists():
-            if time.monotonic() > until or self.processes[-1].poll() is not None:
+            if time.monotonic() > until or all(p.poll() is not None for p in self.processes):
                 raise Lost(f"the gate was not reached: {self.said()}")
             time.sleep(0.05)
         return int((self.folder / "reached").read_text())
