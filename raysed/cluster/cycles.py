@@ -353,7 +353,7 @@ class Worker:
             if start < self.exp.cycles:
                 inside = f" and step {begun.step} of cycle {start + 1}" if begun else ""
                 self._say(f"continues after cycle {start} of {self.exp.cycles}{inside}")
-        elif begun:
+        elif begun and self.rank == 0:
             self._say(f"continues after step {begun.step} of cycle 1 of {self.exp.cycles}")
         if last is None:
             weights = self.learner.weights() if begun is None else weights_of(self._network())
