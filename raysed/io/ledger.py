@@ -606,8 +606,9 @@ def _boot_id() -> str:
 
 
 def config_hash(experiment: Experiment) -> str:
-    """sha256 of what determines the run: all fields but those that may change."""
+    """sha256 of what determines the run: all fields but those that may change, as config.json gives them back (10 is 10.0)."""
+    read_back = Experiment.from_dict(experiment.to_dict())
     fields = {
-        k: v for k, (v, _) in experiment.differences(Experiment()).items() if not k.startswith(MAY_CHANGE)
+        k: v for k, (v, _) in read_back.differences(Experiment()).items() if not k.startswith(MAY_CHANGE)
     }
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()

@@ -12,6 +12,7 @@ from raysed.config import ClusterConfig, Experiment, OptimConfig, SelectConfig
 from raysed.core import metrics
 from raysed.core.acquisition import STRATEGIES, Selection, Strategy
 from raysed.errors import DataError, RunHeldError, StorageError, UsageError
+from raysed.experiments import PRESETS
 from raysed.io import ledger as module
 from raysed.io.ledger import (
     Lease,
@@ -324,3 +325,9 @@ def test_a_cycle_with_a_tile_too_few_or_too_many_does_not_verify(run):
     manifest["record"] |= {"tiles": 4, "nodes": {"visit": {"one": 2, "two": 3}}}
     run.storage.write(path, json.dumps(manifest).encode())
     assert verify(run, INDEX) == ["cycle 2: 5 visits of 4 selected tiles"]
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_the_hash_of_a_configuration_survives_its_file(name):
+    written = json.loads(json.dumps(PRESETS[name].to_dict()))
+    assert config_hash(Experiment.from_dict(written)) == config_hash(PRESETS[name])
