@@ -1,13 +1,14 @@
 """The paper's comparison: its five runs one after the other, then tables and figures of all of them."""
 
+import argparse
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from raysed import cli
 from raysed.cluster.estimate import dry_run
 from raysed.cluster.launch import launch
 from raysed.config import Experiment, with_overrides
-from raysed.errors import DivergedError, UsageError
+from raysed.errors import EXIT_INTERRUPTED, DivergedError, UsageError
 from raysed.experiments import COMPARED
 from raysed.io.ledger import Ledger
 from raysed.io.storage import Storage
@@ -37,17 +38,43 @@ def compare(doc: str | None, argv: Sequence[str]) -> int:
         raise UsageError(
             "--init is for jobs/train.py and jobs/active.py: the runs of a comparison have networks of their own"
         )
-    names, seeds = _names(args.only), _seeds(args.seeds)
+    names, seeds = _names(args.only), seeds_of(args.seeds)
     base, preset = cli.parse_experiment(args, Experiment())
     base = with_data(base, preset)
     root = Storage(base.run or f"runs/compare-{preset or 'paper'}")
     results = Storage(args.results) if args.results else root.at("results")
     store = Store.open(str(base.data.uri))
     say(f"runs {root.uri}  data {base.data.uri}  results {results.uri}")
+    code = run_all(plan(base, root, names, seeds), args, results, store)
+    if not args.dry_run and code not in EXIT_INTERRUPTED.values():
+        say("\n" + write_comparison(results, COMPARED))
+    return code
+
+
+def run_all(
+    runs: Iterable[tuple[str, Experiment]],
+    args: argparse.Namespace,
+    results: Storage,
+    store: Store,
+    *,
+    evidence: bool = False,
+) -> int:
+    """Do the runs of a series that are left, one after the other, and renew the result file of each.
+
+    Args:
+        runs: name, as in the file's, and experiment.
+        args: --dry-run, --tiles-per-second and --price of the job.
+        results: folder of result files.
+        store: that all run on.
+        evidence: the result files hold counts of source images instead of robustness.
+
+    Returns:
+        0; the exit code of the last run that diverged; or that of the signal which ended the series.
+    """
     code = 0
-    for name, experiment in plan(base, root, names, seeds):
+    for name, experiment in runs:
         label = runfile.file_of(name, experiment.seed)
-        if is_finished(results, label, experiment, store):
+        if is_finished(results, label, experiment, store, last="sources" if evidence else "robustness"):
             say(f"{label}: finished")
             continue
         if args.dry_run:
@@ -60,12 +87,10 @@ def compare(doc: str | None, argv: Sequence[str]) -> int:
         except DivergedError as error:
             say(f"{name}, seed {experiment.seed}, goes no further: {error}")
             code = error.exit_code
-        found = runfile.collect(Storage(str(experiment.run)), name, experiment.seed, store)
+        found = runfile.collect(Storage(str(experiment.run)), name, experiment.seed, store, evidence=evidence)
         results.write(found.path, found.to_bytes())
-        if code in (130, 143):
-            return code
-    if not args.dry_run:
-        say("\n" + write_comparison(results, COMPARED))
+        if code in EXIT_INTERRUPTED.values():
+            break
     return code
 
 
@@ -80,9 +105,7 @@ def plan(
             yield name, with_overrides(base, {**common, **COMPARED[name].fields}, name)
 
 
-def is_finished(
-    results: Storage, path: str, experiment: Experiment, store: Store, *, last: str = "robustness"
-) -> bool:
+def is_finished(results: Storage, path: str, experiment: Experiment, store: Store, *, last: str) -> bool:
     """A run is finished when its result file says so, whatever is left of its directory.
 
     Raises:
@@ -137,7 +160,8 @@ def _names(text: str | None) -> list[str]:
     return names
 
 
-def _seeds(text: str) -> list[int]:
+def seeds_of(text: str) -> list[int]:
+    """The numbers of --seeds."""
     try:
         return [int(s) for s in text.split(",")]
     except ValueError:

@@ -286,11 +286,15 @@ class ClusterConfig:
         """Resources that Ray reserves for a scorer."""
         return {"CPU": self.scorer_cpus} | ({"GPU": self.scorer_gpus} if device == "cuda" else {})
 
+    def bundles(self, device: str, scorers: int) -> list[dict[str, float]]:
+        """What must find room at once: the fewest workers, so many scorers and one read task."""
+        reader = {"CPU": self.reader_cpus}
+        return [*[self.worker(device)] * self.fewest, *[self.scorer(device)] * scorers, reader]
+
     def demand(self, device: str, scorers: int) -> dict[str, float]:
-        """Resources of the fewest workers, so many scorers and one read task."""
-        worker, scorer = self.worker(device), self.scorer(device)
-        both = {k: self.fewest * v + scorers * scorer[k] for k, v in worker.items()}
-        return both | {"CPU": both["CPU"] + self.reader_cpus}
+        """The resources of all bundles together."""
+        bundles = self.bundles(device, scorers)
+        return {k: sum(b.get(k, 0.0) for b in bundles) for k in bundles[0]}
 
 
 @dataclass(frozen=True, kw_only=True)

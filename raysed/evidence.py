@@ -1,7 +1,6 @@
 """Arms x seeds under one protocol, paired by seed, then what they show: the engine of `jobs/evidence.py`."""
 
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from raysed import cli
-from raysed.cluster.estimate import dry_run
-from raysed.cluster.launch import launch
-from raysed.compare import is_finished
+from raysed.compare import run_all, seeds_of
 from raysed.config import Experiment, with_overrides
 from raysed.core.acquisition import STRATEGIES
-from raysed.errors import DivergedError, UsageError
+from raysed.errors import EXIT_INTERRUPTED, UsageError
 from raysed.io.provenance import is_committed
 from raysed.io.storage import Storage
 from raysed.io.store import Store
@@ -98,7 +95,7 @@ def evidence(doc: str | None, argv: Sequence[str]) -> int:
     for name in OWN:
         if getattr(args, name) is not None:
             raise UsageError(f"{name} is fixed by --arms, --seeds and --split")
-    arms, seeds = arms_of(args.arms), _seeds(args.seeds)
+    arms, seeds = arms_of(args.arms), seeds_of(args.seeds)
     base, preset = cli.parse_experiment(args, Experiment())
     if args.split == "report":
         check_registered(Path(args.preregistration), arms, seeds, base.cycles)
@@ -107,30 +104,11 @@ def evidence(doc: str | None, argv: Sequence[str]) -> int:
     root = Storage(base.run or f"runs/evidence-{store.dataset.name}-{args.split}")
     results = Storage(args.results or f"results/evidence/{store.dataset.name}-{args.split}")
     say(f"runs {root.uri}  data {base.data.uri}  results {results.uri}")
-    left, code = 0, 0
-    for arm, experiment in list(plan(base, root, arms, seeds, args.split)):
-        label = runfile.file_of(arm.file, experiment.seed)
-        if is_finished(results, label, experiment, store, last="sources"):
-            say(f"{label}: finished")
-            continue
-        if args.dry_run:
-            say(f"\n{arm.name}, seed {experiment.seed}")
-            dry_run(experiment, tiles_per_second=args.tiles_per_second, price=args.price, say=say)
-            continue
-        say(f"\n{arm.name}, seed {experiment.seed}: {experiment.run}")
-        try:
-            code = launch(experiment, say=say, hold=os.environ.get("RAYSED_HOLD")) or code
-        except DivergedError as error:
-            say(f"{arm.name}, seed {experiment.seed}, goes no further: {error}")
-            code, left = error.exit_code, left + 1
-        run = Storage(str(experiment.run))
-        found = runfile.collect(run, arm.file, experiment.seed, store, evidence=True)
-        results.write(found.path, found.to_bytes())
-        if code in (130, 143):
-            return code
-    if args.dry_run:
-        return 0
-    if left and args.split == "report":
+    runs = [(arm.file, experiment) for arm, experiment in plan(base, root, arms, seeds, args.split)]
+    code = run_all(runs, args, results, store, evidence=True)
+    if args.dry_run or code in EXIT_INTERRUPTED.values():
+        return code
+    if code and args.split == "report":
         say("the report half is read once, when all its runs are finished")
         return code
     kinds, files = {a.name: a.kind for a in arms}, {a.name: a.file for a in arms}
@@ -171,10 +149,3 @@ def check_registered(path: Path, arms: Sequence[EvidenceArm], seeds: Sequence[in
             raise UsageError(f"{path} registers {name} {found[name]}, asked for are {value}")
     if not is_committed(path):
         raise UsageError(f"{path} is not committed as it is: commit it before the report half is read")
-
-
-def _seeds(text: str) -> list[int]:
-    try:
-        return [int(s) for s in text.split(",")]
-    except ValueError:
-        raise UsageError(f"--seeds must be whole numbers with commas between, got {text!r}") from None

@@ -135,11 +135,11 @@ def resources(experiment: Experiment, offers: Sequence[Offer], most: int | None 
     device = device_of(cluster, offers)
     worker, scorer = cluster.worker(device), cluster.scorer(device)
     scorers = cluster.scorers or 1
-    bundles = [worker] * cluster.workers + [scorer] * scorers + [{"CPU": cluster.reader_cpus}]
+    bundles = cluster.bundles(device, scorers)
     size = lambda o: (o.resources.get("GPU", 0), o.resources.get("CPU", 0))  # noqa: E731
     rooms = [dict(o.resources) for o in sorted(offers, key=size, reverse=True) for _ in range(o.count)][:most]
     placed = sum(_place(bundle, rooms) for bundle in bundles)
-    asked = f"{cluster.workers} workers of {_amounts(worker)}, {scorers} scorers of {_amounts(scorer)} and a read task"
+    asked = f"{cluster.fewest} workers of {_amounts(worker)}, {scorers} scorers of {_amounts(scorer)} and a read task"
     there = "; ".join(f"{o.count} x {o.name} ({_amounts(o.resources)})" for o in offers) or "no node"
     if most is not None:
         there += f"; at most {most} at once"

@@ -12,8 +12,8 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -29,6 +29,7 @@ from ray.actor import ActorHandle
 from ray.train.collective import broadcast_from_rank_zero
 
 from raysed.cluster.connect import quiet_data
+from raysed.cluster.opencycle import SELECTED, WORK, Clock, OpenCycle, Part
 from raysed.cluster.scorekeeping import Scored, Scorekeeper
 from raysed.cluster.stream import Row, Stream
 from raysed.config import Experiment
@@ -68,12 +69,8 @@ from raysed.io.people import Request
 from raysed.io.storage import Storage, digest
 from raysed.io.store import BadTile, Store
 
-SELECTED = ("selected.parquet", "scores.parquet", "bought.parquet")
-"""Files of a commit that are known once tiles are selected."""
 Pixels = list[tuple[int, np.ndarray]]
 """Micro-batches of one rank in one step: number and (B, side, side, 3) uint8 images."""
-WORK = ("read", "train", "visit")
-"""Work of the ranks that is counted by node."""
 EXAMPLES, EXAMPLES_EVERY = 4, 5
 """Validation tiles that are pictured with label and prediction, and the cycles between pictures."""
 NOTICE_STEPS = 8
@@ -111,64 +108,6 @@ class Setup:
     """Seconds to wait for nodes."""
     hold: str | None
     """`point@cycle` to wait at, for tests that kill a run there."""
-
-
-@dataclass
-class Clock:
-    """Seconds of a cycle by phase."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    began: float = field(default_factory=time.perf_counter)
-
-    @contextmanager
-    def phase(self, name: str) -> Any:
-        began = time.perf_counter()
-        yield
-        self.add(name, time.perf_counter() - began)
-
-    def add(self, name: str, seconds: float) -> None:
-        """Count seconds of a phase."""
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-
-    def closed(self) -> dict[str, float]:
-        """All phases, `other` and `total`, rounded to milliseconds."""
-        total = time.perf_counter() - self.began
-        other = total - sum(self.seconds.values())
-        return {k: round(v, 3) for k, v in {**self.seconds, "other": other, "total": total}.items()}
-
-
-@dataclass
-class OpenCycle:
-    """A cycle from its selection on: all that a commit inside it has to keep beside the learner's state."""
-
-    cycle: int
-    selection: Selection
-    excluded: list[str]
-    """Tiles that were in quarantine when it selected."""
-    files: dict[str, bytes]
-    """selected.parquet and, if there are such, scores.parquet and bought.parquet."""
-    scores: dict[str, Any] | None
-    """About the scores it selected by, for the record."""
-    clock: Clock
-    done: int = 0
-    """Steps that are done and counted below."""
-    losses: list[list[float]] = field(default_factory=list)
-    """Summed focal loss and known pixels of every step on every rank."""
-    visits: list[tuple[int, np.ndarray]] = field(default_factory=list)
-    """Positions and their rows of `visit_scores`."""
-    nodes: dict[str, Counter[str]] = field(default_factory=lambda: {k: Counter() for k in WORK})
-    """Tiles read, steps trained and tiles visited by them, by node."""
-
-
-@dataclass
-class Part:
-    """What one rank has done of a cycle and not yet told the others."""
-
-    stream: Stream
-    began: float = field(default_factory=time.perf_counter)
-    losses: list[torch.Tensor] = field(default_factory=list)
-    positions: list[range] = field(default_factory=list)
-    visits: list[torch.Tensor] = field(default_factory=list)
 
 
 def run(config: dict[str, Any]) -> None:
@@ -369,7 +308,7 @@ class Worker:
             load(checkpoint.unpack(self.ledger.read(commit, name), name))
         state = json.loads(self.ledger.read(commit, "state.json"))
         self.state = state["strategy"]
-        self.rollbacks = state.get("rollbacks", 0)
+        self.rollbacks = state["rollbacks"]
         self.quarantine = {b["tile_id"]: BadTile(**b) for b in state["quarantine"]}
         inside = commit.step is not None
         if self.keeper and self.rank == 0:
@@ -596,10 +535,23 @@ class Worker:
 
     def _train(self, opened: OpenCycle, order: Plan) -> dict[str, float]:
         """All steps that are left; loss and learning rate of the cycle."""
-        exp, cycle, selection = self.exp, opened.cycle, opened.selection
+        exp, cycle = self.exp, opened.cycle
         own = order.share(self.rank, self.workers)
         share = [(p, order.order[p]) for p in own if p >= opened.done * exp.optim.batch]
-        stream = self._stream("train", share, keys=(exp.seed, cycle))
+        with closing(self._stream("train", share, keys=(exp.seed, cycle))) as stream:
+            lr = self._steps(opened, order, stream)
+        if self.keeper and self.collects and self.rank == 0:
+            visits = sorted(opened.visits, key=lambda v: v[0])
+            black = self.quarantine
+            visits = [v for v in visits if order.order[v[0]] not in black and np.isfinite(v[1]).all()]
+            rows = np.stack([row for _, row in visits]) if visits else self.keeper.visits[1][:0]
+            self.keeper.visits = [order.order[p] for p, _ in visits], rows
+        loss, known = (math.fsum(column) for column in zip(*opened.losses, strict=True))
+        return {"loss": loss / max(known, 1), "lr": lr}
+
+    def _steps(self, opened: OpenCycle, order: Plan, stream: Stream) -> float:
+        """The steps that are left, counted in the open cycle; the last learning rate."""
+        exp, cycle, selection = self.exp, opened.cycle, opened.selection
         part = Part(stream)
         lr = exp.optim.lr
         weighted = any(w != 1 for w in selection.weights)
@@ -643,19 +595,11 @@ class Worker:
             ([(n, to_images(images, self.device)) for n, images in own], self._micro_batches(order, step))
             for step, own in enumerate(kept, start=estimated)
         )
-        stream.close()
         self._count(opened, part, order.steps)
-        if self.keeper and self.collects and self.rank == 0:
-            visits = sorted(opened.visits, key=lambda v: v[0])
-            black = self.quarantine
-            visits = [v for v in visits if order.order[v[0]] not in black and np.isfinite(v[1]).all()]
-            rows = np.stack([row for _, row in visits]) if visits else self.keeper.visits[1][:0]
-            self.keeper.visits = [order.order[p] for p, _ in visits], rows
-        loss, known = (math.fsum(column) for column in zip(*opened.losses, strict=True))
-        return {"loss": loss / max(known, 1), "lr": lr}
+        return lr
 
     def _left_out(self, opened: OpenCycle, order: Plan, step: int) -> None:
-        """A step had no finite gradient: say so, and give up if there are too many in a row, or no good one after it."""
+        """A step had no finite gradient: say so, and give up if there are too many in a row."""
         row = self.learner.skipped
         if self.rank == 0:
             self._say(f"step {step + 1} of cycle {opened.cycle + 1} has no finite gradient and is left out")
@@ -731,9 +675,8 @@ class Worker:
             files["optimizer.safetensors"] = checkpoint.pack(optimizer)
             self.ledger.commit(cycle, files, lambda: record, step)
             self.setup.monitor.post.remote({"kind": "inside"})
-            self.ledger.prune_steps(
-                cycle, before=step - (every or 0)
-            )  # the one before stays, should this one rot
+            # the one before stays, should this one rot
+            self.ledger.prune_steps(cycle, before=step - (every or 0))
 
         self._pending = self._committer.submit(commit)
 

@@ -295,6 +295,7 @@ def walk(data: str, run: str, cycles: int, lr: float = 1e-3) -> None:
             record = {
                 "config_hash": config_hash(experiment), "scoring_weights": before, "train": {"loss": 1 / (cycle + 1)},
                 "val": {**metrics.scores(counts, ["field", "road"]), "counts": counts.tolist()},
+                "tiles": len(chosen.tile_ids), "nodes": {"visit": {"walk": len(tiles)}},
             }  # fmt: skip
             ledger.commit(cycle, files, partial(_recorded, record, cycle))
             ledger.prune(cycle)

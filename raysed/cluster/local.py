@@ -234,9 +234,7 @@ class LocalCluster:
     def __exit__(self, *_: object) -> None:
         for node in reversed(self.nodes):
             node.kill()
-        for process in psutil.process_iter(
-            ["cmdline"]
-        ):  # nodes of the autoscaler, which are nobody's children
+        for process in psutil.process_iter(["cmdline"]):  # the autoscaler's nodes are nobody's children
             if any(str(self.session) in part for part in process.info["cmdline"] or ()):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()

@@ -28,10 +28,9 @@ def secure(cluster: ClusterConfig, *, scoring: bool, say: Callable[[str], None])
     scaling = autoscaling()
     for device in candidates(cluster):
         scorers = scorer_count(cluster, device) if scoring else 0
-        bundles = _bundles(cluster, device, scorers)
         if not scaling and len(ray.nodes()) == 1:
             check_sum(cluster, device, scorers)
-        if _placed(bundles, cluster.patience(autoscaling=scaling), say):
+        if _placed(cluster.bundles(device, scorers), cluster.patience(autoscaling=scaling), say):
             return device, scorers
     raise ResourcesError(
         _short(cluster, device, scorers, "no node that the autoscaler may start has room for them")
@@ -40,11 +39,8 @@ def secure(cluster: ClusterConfig, *, scoring: bool, say: Callable[[str], None])
 
 def candidates(cluster: ClusterConfig) -> list[str]:
     """Devices in the order they are tried: the first one that can be had counts."""
-    if cluster.device != "auto":
-        return [cluster.device]
-    if ray.cluster_resources().get("GPU", 0) >= cluster.fewest:
-        return ["cuda"]
-    return ["cuda", "cpu"] if autoscaling() else ["cpu"]
+    now = cluster.device_with(ray.cluster_resources().get("GPU", 0))
+    return ["cuda", "cpu"] if cluster.device == "auto" and now == "cpu" and autoscaling() else [now]
 
 
 def scorer_count(cluster: ClusterConfig, device: str) -> int:
@@ -59,19 +55,10 @@ def scorer_count(cluster: ClusterConfig, device: str) -> int:
     return cluster.scorers or max(1, int(units))
 
 
-def _bundles(cluster: ClusterConfig, device: str, scorers: int) -> list[dict[str, float]]:
-    return [
-        *[cluster.worker(device)] * cluster.fewest,
-        *[cluster.scorer(device)] * scorers,
-        {"CPU": cluster.reader_cpus},
-    ]
-
-
 def _placed(bundles: list[dict[str, float]], patience: float, say: Callable[[str], None]) -> bool:
     """Whether the bundles found room; it is given back at once. False if an autoscaler says that they never will."""
-    group = placement_group(
-        bundles, strategy="PACK"
-    )  # gone with this process, should it die: no node is kept for nobody
+    # it goes with this process, should that die: no node is kept for nobody
+    group = placement_group(bundles, strategy="PACK")
     began, told = time.monotonic(), False
     try:
         while not group.wait(1):

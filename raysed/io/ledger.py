@@ -463,8 +463,8 @@ def _contradictions(manifest: Manifest, experiment: Experiment, models: list[str
     back = 2 if experiment.select.scores == "overlapped" else 1
     if len(models) >= back and record["scoring_weights"] not in (None, models[-back]):
         lines.append(f"it was scored with weights that are not those of the cycle {back} before")
-    visits = sum(record.get("nodes", {}).get("visit", {}).values())
-    if visits != record.get("tiles", 0):
+    visits = sum(record["nodes"]["visit"].values())
+    if visits != record["tiles"]:
         lines.append(f"{visits} visits of {record['tiles']} selected tiles")
     if "counts" in val:
         again = metrics.scores(np.array(val["counts"]), list(val["iou"]))

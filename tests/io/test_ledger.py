@@ -48,6 +48,8 @@ def commit(ledger: Ledger, cycle: int, exp: Experiment = EXP) -> None:
     record = {
         "config_hash": config_hash(exp),
         "scoring_weights": digest(b"m%d" % (cycle - 1)),
+        "tiles": len(selection.tile_ids),
+        "nodes": {"visit": {"one": len(selection.tile_ids)}},
         "train": {"loss": 1.0 / (cycle + 1)},
         "val": {**metrics.scores(counts, ["field", "road"]), "counts": counts.tolist()},
     }
