@@ -83,8 +83,8 @@ def torn_manifest(trial: Trial) -> None:
 
 
 def two_drivers(trial: Trial) -> None:
-    """F22: both started at once; one waits at a gate and holds the run."""
-    first, second = trial.start("train", 1, 0), trial.start()
+    """F22: both started at once; whoever wins waits at the gate and holds the run."""
+    first, second = trial.start("train", 1, 0), trial.start("train", 1, 0)
     trial.at_gate()
     trial.strike()
     loser = second if trial.events("gate")[0]["pid"] == first.pid else first
