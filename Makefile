@@ -18,6 +18,7 @@ twin: $(READY)
 	$(PYTHON) jobs/twin.py $(if $(DISK),disk) $(if $(ELASTIC),elastic) $(if $(AUTOSCALE),autoscaled) $(if $(KEEP),--keep)
 
 bench: $(READY)
+	$(PYTHON) -m pip install --quiet -c constraints.txt -e ".[local]"
 	$(PYTHON) jobs/bench.py $(if $(ROWS),--rows $(ROWS))
 
 chaos: $(READY)

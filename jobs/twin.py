@@ -57,7 +57,8 @@ def keep(up: twin.Twin, play: str, facts: dict[str, Any], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     cycles = [
         (datetime.fromisoformat(m.record["started"]).timestamp() - up.began, m.record["seconds"]["total"], m.record["tiles"])
-        for m in Ledger(run).manifests()
+        for place in (twin.RUN, f"{twin.RUN}/baseline")
+        for m in Ledger(Storage(place)).manifests()
     ]  # fmt: skip
     (out / "timeline.json").write_text(json.dumps(up.seen, indent=1) + "\n")
     (out / "timeline.svg").write_text(timeline(up.seen, cycles))

@@ -1,7 +1,9 @@
 """Benchmarks: every figure a ratio measured in one run on the same cores, the two sides alternating.
 
 A row measures both sides in turn and keeps the ratio of each repetition; the value is their median with a bootstrap interval of
-95 %, and a goal counts as met only by the interval's worse end.  The rivals are the tuned plain PyTorch a user would write.
+95 %, and a goal counts as met only by the interval's worse end.  What takes minutes, a run of the system or a rival's training, is
+measured in rounds, every side once a round, before the rows that compare it.  The rivals are the tuned plain PyTorch a user
+would write.
 """
 
 import io
@@ -11,7 +13,9 @@ import math
 import os
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,14 +23,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 import torch
 
 from raysed.cluster.connect import connect
 from raysed.cluster.launch import launch
+from raysed.cluster.local import ObjectServer
 from raysed.cluster.mapper import BATCH, Settings
 from raysed.cluster.predict import predict
-from raysed.cluster.scoring import Network, Scorer, present, score_pool
+from raysed.cluster.scoring import Network, ScorerPool, score_pool
 from raysed.cluster.stream import Stream
 from raysed.config import AugmentConfig, ClusterConfig, Experiment, OptimConfig, SelectConfig
 from raysed.core import networks
@@ -48,8 +52,10 @@ CPU = torch.device("cpu")
 ARCH = "efficientunet-b0"
 TILES = 96
 """A cycle, in rows that train."""
-CYCLES = 4
+CYCLES = 5
 """Of a run, in rows that train; the first is cold and left out."""
+ROUNDS = 2
+"""Of everything that is measured in rounds."""
 BOOTSTRAP = 2000
 
 
@@ -80,7 +86,8 @@ GOALS = {
     "scoring / bare forward": Goal("x a core", 0.95, True, "tiles/s a core of the whole pool through the scorers over a bare forward pass with scores of one thread, same precision, inference mode"),
     "two scorers / one": Goal("x", 1.8, True, "tiles/s of two scorers of one thread over one"),
     "predict / bare forward": Goal("x", 0.9, True, "windows/s of jobs/predict.py on GeoTIFFs, reading, blending and writing included, over a bare forward pass of as many windows in memory by the same cores; a long image minus a short one, so that the start of the actors is left out"),
-    "stream / DataLoader": Goal("x", 1.0, True, "tiles/s of the tile stream alone, warm, over the best of several DataLoader settings with the same functions"),
+    "stream / DataLoader": Goal("x", 1.0, True, "tiles/s of the tile stream alone from a bucket, warm, over the best of several DataLoader settings with the same functions, which read a batch at once as we do"),
+    "first batch / DataLoader": Goal("x", 1.5, False, "seconds until the first eight tiles of a warm cycle are there, from a bucket, over those of the best of several warm DataLoaders"),
     "augmentation": Goal("% of a step", 3, False, "augmenting a tile over a training step a tile of efficientunet-b0, both on one thread"),
     "bytes fetched": Goal("x", 1.1, False, "bytes asked of the storage for a random fifth over the bytes of those tiles"),
     "fixed seconds": Goal("s a cycle", 1.5, False, "a warm passive cycle without steps and validation"),
@@ -126,45 +133,53 @@ class Bench:
     Args:
         store: the synthetic store.
         folder: for run directories.
+        server: runs only while a row needs a bucket; Ray has its credentials from the start.
     """
 
     store: Store
     folder: Path
+    server: ObjectServer
 
     def __post_init__(self) -> None:
-        self._runs: dict[str, list[dict[str, Any]]] = {}
+        self.rounds: dict[str, list[Any]] = {}
+        """What is measured in rounds, by name."""
         self.ids = sorted(self.store.split("train")["tile_id"].to_pylist())
         self.classes = len(self.store.dataset.classes)
         self.side = self.store.dataset.tile_size
         self.alpha = class_weights(np.array(self.store.dataset.pixels["train"][1:]), 0.5)
 
-    def cycles(self, name: str, rounds: int = 2, **fields: Any) -> list[dict[str, Any]]:
-        """Records of the warm cycles of runs of a kind; `name` and the fields say which."""
-        if name not in self._runs:
-            records = []
-            for k in range(rounds):
-                run = self.folder / f"{name}-{k}"
-                launch(self._experiment(run, **fields), say=lambda _: None)
-                records += [m.record for m in Ledger(Storage(str(run))).manifests()[1:]]
-            self._runs[name] = records
-        return self._runs[name]
+    def take_turns(self, names: Sequence[str]) -> None:
+        """Measure each once a round."""
+        for k in range(ROUNDS):
+            for name in names:
+                self.rounds.setdefault(name, []).append(TURNS[name](self, k))
 
-    def _experiment(self, run: Path, select: SelectConfig | None = None, **cluster: Any) -> Experiment:
+    def cycles(self, name: str) -> list[dict[str, Any]]:
+        """Records of the warm cycles of a run of the system, over all rounds."""
+        return [record for records in self.rounds[name] for record in records]
+
+    def launched(self, run: Path, select: SelectConfig | None = None, **cluster: Any) -> list[dict[str, Any]]:
+        """Records of the warm cycles of a new run."""
         base = Experiment(run=str(run), cycles=CYCLES, optim=OptimConfig(lr=1e-3, micro_batch=8))
-        return replace(
+        experiment = replace(
             base,
             data=replace(base.data, uri=self.store.storage.uri),
             select=replace(select or SelectConfig(), tiles=TILES),
             cluster=ClusterConfig(**cluster),
         )
+        launch(experiment, say=lambda _: None)
+        return [m.record for m in Ledger(Storage(str(run))).manifests()[1:]]
 
-    def passive(self) -> list[dict[str, Any]]:
-        """Warm passive cycles of both rounds, all cores."""
-        return [*self.passive_round(0), *self.passive_round(1)]
-
-    def passive_round(self, k: int) -> list[dict[str, Any]]:
-        """Warm passive cycles of one round."""
-        return self.cycles(f"passive-{k}", rounds=1)
+    @contextmanager
+    def in_bucket(self) -> Iterator[Store]:
+        """A copy of the store in a bucket of a real SeaweedFS."""
+        with self.server:
+            bucket = f"bench-{uuid.uuid4().hex[:8]}"
+            self.server.bucket(bucket)
+            here, there = self.store.storage, Storage(f"s3://{bucket}/tiles")
+            for path in here.list():
+                there.write(path, here.read(path))
+            yield Store.open(there.uri)
 
     def tiles(self, count: int) -> list[Tile]:
         """Decoded tiles."""
@@ -240,7 +255,7 @@ def logits(net: torch.nn.Module, x: torch.Tensor, precision: Any) -> torch.Tenso
 
 
 class Loaded(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """The rival: a map-style dataset that reads, decodes and augments one tile."""
+    """The rival: a map-style dataset that reads, decodes and augments the tiles of a batch."""
 
     def __init__(self, uri: str, locations: list[dict[str, Any]], side: int) -> None:
         self.uri, self.locations, self.side = uri, locations, side
@@ -249,29 +264,31 @@ class Loaded(torch.utils.data.Dataset):  # type: ignore[type-arg]
     def __len__(self) -> int:
         return len(self.locations)
 
-    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitems__(self, numbers: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
         self.storage = self.storage or Storage(self.uri)
-        [tile] = read_tiles(self.storage, [self.locations[i]], self.side)
-        assert isinstance(tile, Tile)
-        assert tile.label is not None
-        pixels, label = augment(tile.image, tile.label, keyed_rng("augment", 0, 0, tile.tile_id))
-        return to_uint8(pixels), label
+        made = []
+        for tile in read_tiles(self.storage, [self.locations[i] for i in numbers], self.side):
+            assert isinstance(tile, Tile)
+            assert tile.label is not None
+            pixels, label = augment(tile.image, tile.label, keyed_rng("augment", 0, 0, tile.tile_id))
+            made.append((to_uint8(pixels), label))
+        return made
 
 
-def loaders(bench: Bench, ids: list[str]) -> Iterator[tuple[str, Any]]:
+def loaders(store: Store, ids: list[str]) -> Iterator[tuple[str, Any]]:
     """DataLoader settings to choose the best of."""
-    data = Loaded(bench.store.storage.uri, bench.store.locations(ids), bench.side)
-    for workers, prefetch in ((0, None), (1, 2), (1, 8), (2, 4)):
+    data = Loaded(store.storage.uri, store.locations(ids), store.dataset.tile_size)
+    for workers, prefetch in ((0, None), (1, 2), (1, 8), (2, 2), (2, 8)):
         loader = torch.utils.data.DataLoader(
             data, batch_size=8, num_workers=workers, prefetch_factor=prefetch, persistent_workers=workers > 0
         )
         yield f"{workers} workers, prefetch {prefetch}", loader
 
 
-def best_loader(bench: Bench, ids: list[str], use: Callable[[Any], Any]) -> tuple[str, Any]:
+def best_loader(store: Store, ids: list[str], use: Callable[[Any], Any]) -> tuple[str, Any]:
     """The setting with which `use` is fastest, warm."""
     times = {}
-    for name, loader in loaders(bench, ids):
+    for name, loader in loaders(store, ids):
         use(loader)
         times[name] = timed(lambda loader=loader: use(loader)), loader  # type: ignore[misc]
     name = min(times, key=lambda n: times[n][0])
@@ -299,79 +316,93 @@ def plain_loop(bench: Bench) -> Callable[[Any], None]:
     return loop
 
 
-def training_over_plain(bench: Bench) -> Row:
+def plain_turn(bench: Bench, k: int) -> tuple[str, list[float]]:
+    """The setting of the rival, and its seconds for the tiles of a cycle, as often as a run has warm cycles."""
     loop = plain_loop(bench)
-    name, loader = best_loader(bench, bench.ids[:TILES], loop)
-    rival: list[float] = []
-    ours: list[float] = []
-    for k in range(2):  # alternating: a run of the system, then the loop
-        records = bench.passive_round(k)
-        ours += [TILES / (r["seconds"]["train"] + r["seconds"]["stall"]) for r in records]
-        rival += [TILES / timed(lambda: loop(loader)) for _ in records]
-    return row("training / plain loop", [o / r for o, r in zip(ours, rival, strict=True)], [f"rival: {name}"])
+    name, loader = best_loader(bench.store, bench.ids[:TILES], loop)
+    return name, [timed(lambda: loop(loader)) for _ in range(CYCLES - 1)]
+
+
+def training_over_plain(bench: Bench) -> Row:
+    rivals = bench.rounds["plain loop"]
+    both = zip(bench.cycles("passive"), (s for _, seconds in rivals for s in seconds), strict=True)
+    return row(
+        "training / plain loop", [s / _training(r) for r, s in both], [f"rival: {n}" for n, _ in rivals]
+    )
+
+
+def _training(record: dict[str, Any]) -> float:
+    """Seconds of a cycle's steps and of waiting for their tiles."""
+    return float(record["seconds"]["train"] + record["seconds"]["stall"])
 
 
 def stall(bench: Bench) -> Row:
-    return row("stall", [100 * r["seconds"]["stall"] / r["seconds"]["train"] for r in bench.passive()])
+    return row(
+        "stall", [100 * r["seconds"]["stall"] / r["seconds"]["train"] for r in bench.cycles("passive")]
+    )
 
 
 def fixed_seconds(bench: Bench) -> Row:
     return row(
         "fixed seconds",
-        [r["seconds"]["total"] - r["seconds"]["train"] - r["seconds"]["evaluate"] for r in bench.passive()],
+        [
+            r["seconds"]["total"] - r["seconds"]["train"] - r["seconds"]["evaluate"]
+            for r in bench.cycles("passive")
+        ],
     )
 
 
 def commit(bench: Bench) -> Row:
-    return row("commit", [100 * r["seconds"]["commit"] / r["seconds"]["train"] for r in bench.passive()])
-
-
-def active_over_passive(bench: Bench) -> Row:
-    threads = len(os.sched_getaffinity(0))
-    step, score, validate = bare_costs(bench, threads)
-    checks, pool = bench.passive()[0]["val"]["tiles"], len(bench.ids)
-    one_thread = bare_costs(bench, 1)[1]
-    scoring = min(score, one_thread / threads)  # scorers of one thread on every core are the better bare way
-    predicted = (TILES * step + pool * scoring + checks * validate) / (TILES * step + checks * validate)
-    active = bench.cycles("active", select=SelectConfig(strategy="entropy"))
-    ratios = [
-        a["seconds"]["total"] / p["seconds"]["total"] for a, p in zip(active, bench.passive(), strict=True)
-    ]
     return row(
-        "active / passive",
-        [r / predicted for r in ratios],
-        [f"predicted {predicted:.3f}, measured {np.median(ratios):.3f}"],
+        "commit", [100 * r["seconds"]["commit"] / r["seconds"]["train"] for r in bench.cycles("passive")]
     )
 
 
+def bare_turn(bench: Bench, _: int) -> float:
+    """Ratio of an active cycle to a passive one by the bare costs of a tile."""
+    threads = len(os.sched_getaffinity(0))
+    step, score, validate = bare_costs(bench, threads)
+    scoring = min(
+        score, bare_costs(bench, 1)[1] / threads
+    )  # scorers of one thread on every core may be the better bare way
+    passive = TILES * step + bench.store.split("val").num_rows * validate
+    return (passive + len(bench.ids) * scoring) / passive
+
+
+def active_over_passive(bench: Bench) -> Row:
+    predicted = bench.rounds["bare costs"]
+    ratios = _totals(bench, "active", "passive")
+    over = [r / p for r, p in zip(ratios, np.repeat(predicted, CYCLES - 1), strict=True)]
+    told = f"predicted {', '.join(f'{p:.3f}' for p in predicted)}, measured {np.median(ratios):.3f}"
+    return row("active / passive", over, [told])
+
+
+def _totals(bench: Bench, one: str, other: str, more: float = 0.0) -> list[float]:
+    """Seconds of the cycles of one kind of run, and some more, over those of another."""
+    both = zip(bench.cycles(one), bench.cycles(other), strict=True)
+    return [(a["seconds"]["total"] + more) / b["seconds"]["total"] for a, b in both]
+
+
+SPREAD = 30
+"""Cycles over which the first scoring of the whole pool is spread, in the row of by-product scores."""
+
+
 def byproduct_over_passive(bench: Bench) -> Row:
-    select = SelectConfig(strategy="entropy", scores="byproduct")
-    records = bench.cycles("byproduct", select=select)
-    first = [
-        Ledger(Storage(str(bench.folder / f"byproduct-{k}"))).manifests()[0].record["seconds"]["score"]
-        for k in range(2)
-    ]
-    passive = float(np.median([p["seconds"]["total"] for p in bench.passive()]))
-    own = [(r["seconds"]["total"] + max(first) / 30) / passive for r in records]
-    return row("by-product / passive", own, [f"first scoring {max(first):.1f} s"])
+    first = max(
+        Ledger(Storage(str(bench.folder / f"by-product-{k}"))).manifests()[0].record["seconds"]["score"]
+        for k in range(ROUNDS)
+    )
+    ratios = _totals(bench, "by-product", "passive", first / SPREAD)
+    return row("by-product / passive", ratios, [f"first scoring {first:.1f} s"])
 
 
 def overlapped_over_passive(bench: Bench) -> Row:
-    one = {"threads": 1, "scorers": 1}
-    passive = bench.cycles("passive-one-thread", **one)
-    select = SelectConfig(strategy="entropy", scores="overlapped")
-    both = zip(bench.cycles("overlapped", select=select, **one), passive, strict=True)
-    return row("overlapped / passive", [o["seconds"]["total"] / p["seconds"]["total"] for o, p in both])
+    return row("overlapped / passive", _totals(bench, "overlapped", "passive, one thread"))
 
 
 def two_workers(bench: Bench) -> Row:
-    one = bench.cycles("passive-one-thread", threads=1, scorers=1)
-    two = bench.cycles("workers-2", threads=1, workers=2)
-
-    def speed(r: dict[str, Any]) -> float:
-        return TILES / (r["seconds"]["train"] + r["seconds"]["stall"])
-
-    return row("two workers / one", [speed(b) / speed(a) for a, b in zip(one, two, strict=True)])
+    both = zip(bench.cycles("passive, one thread"), bench.cycles("two workers"), strict=True)
+    return row("two workers / one", [_training(one) / _training(two) for one, two in both])
 
 
 def precision(bench: Bench) -> Row:
@@ -402,8 +433,7 @@ MAPPED_BLOCK = 1440
 
 
 def predict_over_bare(bench: Bench) -> Row:
-    bench.passive_round(0)
-    model = of_run(str(bench.folder / "passive-0-0"))
+    model = of_run(str(bench.folder / "passive-0"))
     settings = Settings(block=MAPPED_BLOCK**2)
     cores = len(os.sched_getaffinity(0))
     short, long = (_scene(bench, cores * n) for n in (1, 3))
@@ -456,16 +486,15 @@ def _windows(path: Path, side: int, settings: Settings) -> int:
         return math.prod(len(a.starts) for a in axes)
 
 
-def _scorers(bench: Bench, count: int) -> list[Any]:
+def _scorers(bench: Bench, count: int) -> ScorerPool:
     network = Network(ARCH, bench.classes, "auto", "cpu")
-    actor: Any = ray.remote(Scorer).options(num_cpus=0.1)
-    made = [actor.remote(network, bench.store.storage.uri, bench.side, 1 << 30) for _ in range(count)]
-    present(made, 120, 120)
+    made = ScorerPool(count, (network, bench.store.storage.uri, bench.side, 1 << 30), {"num_cpus": 0.1})
+    made.ready(120, 120)
     return made
 
 
-def _pool_seconds(bench: Bench, scorers: list[Any], weights: dict[str, np.ndarray]) -> float:
-    locations = bench.store.locations(bench.ids)
+def _pool_seconds(bench: Bench, pool: ScorerPool, weights: dict[str, np.ndarray]) -> float:
+    locations, scorers = bench.store.locations(bench.ids), [s for s in pool.scorers if s]
     return timed(
         lambda: score_pool(scorers, [1] * len(scorers), weights, "bench", locations, side=bench.side)
     )
@@ -487,7 +516,7 @@ def scoring_over_bare(bench: Bench) -> Row:
             scored(net, to_device(batch, np.zeros(0, np.uint8), CPU)[0], resolve_precision("auto", CPU))
 
     pairs = alternating(lambda: _pool_seconds(bench, scorers, weights), bare, 4)
-    ray.kill(scorers[0])
+    scorers.kill()
     return row("scoring / bare forward", [b / a for a, b in pairs])
 
 
@@ -496,28 +525,65 @@ def two_scorers(bench: Bench) -> Row:
     pairs = alternating(
         lambda: _pool_seconds(bench, one, weights), lambda: _pool_seconds(bench, two, weights), 4
     )
-    for scorer in (*one, *two):
-        ray.kill(scorer)
+    one.kill()
+    two.kill()
     return row("two scorers / one", [a / b for a, b in pairs])
 
 
 def stream_over_loader(bench: Bench) -> Row:
-    ids = bench.ids[:256]
+    ids = bench.ids[:STREAMED]
+    with bench.in_bucket() as store:
 
-    def ours() -> None:
-        stream = Stream(
-            bench.store, list(enumerate(ids)), name="bench", chunk=256, reader_cpus=0.25, keys=(0, 0), limits=AugmentConfig()
-        )  # fmt: skip
-        stream.take(range(len(ids)))
-        stream.close()
+        def drained(loader: Any) -> None:
+            for _ in loader:
+                pass
 
-    def drained(loader: Any) -> None:
-        for _ in loader:
-            pass
+        name, loader = best_loader(store, ids, drained)
 
-    name, loader = best_loader(bench, ids, drained)
-    pairs = alternating(ours, lambda: drained(loader), 5)
+        def ours() -> None:
+            stream = _stream(store, ids)
+            stream.take(range(len(ids)))
+            stream.close()
+
+        pairs = alternating(ours, lambda: drained(loader), 5)
     return row("stream / DataLoader", [b / a for a, b in pairs], [f"rival: {name}"])
+
+
+def first_batch(bench: Bench) -> Row:
+    ids, size = bench.ids[:STREAMED], 8
+    with bench.in_bucket() as store:
+
+        def one(loader: Any) -> None:
+            next(iter(loader))
+
+        name, loader = best_loader(store, ids, one)
+
+        def ours() -> float:
+            began = time.perf_counter()
+            stream = _stream(store, ids)
+            stream.take(range(size))
+            seconds = time.perf_counter() - began
+            stream.close()
+            return seconds
+
+        ours()
+        pairs = [(ours(), timed(lambda: one(loader))) for _ in range(5)]
+    return row(
+        "first batch / DataLoader",
+        [a / b for a, b in pairs],
+        [f"rival: {name}", f"{np.median(pairs, 0)[0]:.2f} s"],
+    )
+
+
+STREAMED = 512
+"""Tiles of a stream alone."""
+
+
+def _stream(store: Store, ids: list[str]) -> Stream:
+    return Stream(
+        store, list(enumerate(ids)), name="bench", chunk=ClusterConfig().chunk, reader_cpus=ClusterConfig().reader_cpus, keys=(0, 0),
+        limits=AugmentConfig(),
+    )  # fmt: skip
 
 
 def augmentation(bench: Bench) -> Row:
@@ -598,6 +664,37 @@ def latency(bench: Bench) -> Row:
     return row("latency", times[ARCH], [{k: round(float(np.median(v)), 1) for k, v in times.items()}])
 
 
+def _run_of(name: str, **fields: Any) -> Callable[[Bench, int], list[dict[str, Any]]]:
+    return lambda bench, k: bench.launched(bench.folder / f"{name}-{k}", **fields)
+
+
+TURNS: dict[str, Callable[[Bench, int], Any]] = {
+    "passive": _run_of("passive"),
+    "plain loop": plain_turn,
+    "bare costs": bare_turn,
+    "active": _run_of("active", select=SelectConfig(strategy="entropy")),
+    "by-product": _run_of("by-product", select=SelectConfig(strategy="entropy", scores="byproduct")),
+    "passive, one thread": _run_of("one-thread", threads=1, scorers=1),
+    "overlapped": _run_of(
+        "overlapped", select=SelectConfig(strategy="entropy", scores="overlapped"), threads=1, scorers=1
+    ),
+    "two workers": _run_of("two-workers", threads=1, workers=2),
+}
+"""What is measured in rounds."""
+
+NEEDS = {
+    "training / plain loop": ("passive", "plain loop"),
+    "stall": ("passive",),
+    "fixed seconds": ("passive",),
+    "commit": ("passive",),
+    "active / passive": ("passive", "active", "bare costs"),
+    "by-product / passive": ("passive", "by-product"),
+    "overlapped / passive": ("passive, one thread", "overlapped"),
+    "two workers / one": ("passive, one thread", "two workers"),
+    "predict / bare forward": ("passive",),
+}
+"""The turns that a row compares."""
+
 ROWS: dict[str, Callable[[Bench], Row]] = {
     "training / plain loop": training_over_plain,
     "stall": stall,
@@ -611,6 +708,7 @@ ROWS: dict[str, Callable[[Bench], Row]] = {
     "two scorers / one": two_scorers,
     "predict / bare forward": predict_over_bare,
     "stream / DataLoader": stream_over_loader,
+    "first batch / DataLoader": first_batch,
     "precision": precision,
     "augmentation": augmentation,
     "bytes fetched": bytes_fetched,
@@ -624,10 +722,14 @@ ROWS: dict[str, Callable[[Bench], Row]] = {
 
 def run_rows(names: Sequence[str], store: Store, say: Callable[[str], None]) -> list[Row]:
     """Measure rows one after the other."""
-    connect()
     done = []
     with tempfile.TemporaryDirectory(prefix="raysed-bench-") as folder:
-        bench = Bench(store, Path(folder))
+        server = ObjectServer(Path(folder) / "s3")
+        os.environ.update(server.environment)
+        connect()
+        bench = Bench(store, Path(folder), server)
+        wanted = {turn for name in names for turn in NEEDS.get(name, ())}
+        bench.take_turns([turn for turn in TURNS if turn in wanted])
         for name in names:
             began = time.monotonic()
             found = ROWS[name](bench)

@@ -31,6 +31,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from raysed.cluster.connect import quiet_data
 from raysed.cluster.opencycle import SELECTED, WORK, Clock, OpenCycle, Part
 from raysed.cluster.scorekeeping import Scored, Scorekeeper
+from raysed.cluster.scoring import ScorerPool
 from raysed.cluster.stream import Row, Stream
 from raysed.config import Experiment
 from raysed.core import metrics, networks
@@ -100,7 +101,7 @@ class Setup:
     """What the driver hands to every worker."""
 
     arms: tuple[Arm, ...]
-    scorers: tuple[ActorHandle, ...]
+    scorers: ScorerPool
     monitor: ActorHandle
     device: str
     environment: dict[str, Any]
@@ -108,6 +109,8 @@ class Setup:
     """Seconds to wait for nodes."""
     hold: str | None
     """`point@cycle` to wait at, for tests that kill a run there."""
+    shrinks: bool
+    """Whether nodes without work go away, so that scorers are given back while they are idle."""
 
 
 def run(config: dict[str, Any]) -> None:
@@ -166,8 +169,12 @@ class Worker:
         self.names = [c.name for c in dataset.classes]
         self.precision = resolve_precision(self.exp.optim.precision, self.device)
         self.learner = self._learner()
+        self.nodes = frozenset(self._everyone(node_id()))
+        """Those of all ranks."""
         self.keeper: Scorekeeper | None = None
         self.collects = False
+        self._busy = 0.0
+        """Seconds of the last cycle in which nothing was scored."""
         if STRATEGIES[self.exp.select.strategy].needs:
             self.keeper = Scorekeeper(
                 setup.scorers,
@@ -393,7 +400,8 @@ class Worker:
                 "started": started,
             }
             clock.add("commit", time.perf_counter() - began)
-            record["seconds"] = clock.closed()
+            record["seconds"] = seconds = clock.closed()
+            self._busy = seconds["total"] - seconds.get("score", 0.0)
             self._pending = self._committer.submit(self._commit, cycle, files, optimizer, record)
         self.state = selection.state
         ray.train.report({"cycle": cycle, "loss": train["loss"], "miou": val["miou"]})
@@ -412,6 +420,7 @@ class Worker:
             self.learner = self._learner()
         if self.keeper and self.rank == 0:
             self.keeper.begin_ahead(self._selectable(), self._weights)
+            self._rest(cycle)
         files, about = {}, None
         if self.rank == 0:
             files["selected.parquet"] = table_bytes(selection_table(selection))
@@ -428,6 +437,14 @@ class Worker:
                 "nodes": scores.nodes,
             }
         return OpenCycle(cycle, selection, excluded, files, about, clock)
+
+    def _rest(self, cycle: int) -> None:
+        """Give back scorers that will be idle on nodes that nothing else keeps."""
+        assert self.keeper is not None
+        scoring = (c for c in range(cycle + 1, self.exp.cycles) if self.exp.scores_before(c))
+        idle = self._busy * (next(scoring, self.exp.cycles) - cycle)
+        if self.setup.shrinks and (given := self.keeper.rest(idle, self.nodes)):
+            self._say(f"{given} idle scorers are given back for about {idle:.0f} s")
 
     def _score(self, cycle: int, clock: Clock) -> Scored | None:
         """Scores of the pool, on rank 0; the other ranks wait for the selection."""

@@ -23,7 +23,7 @@ from raysed.cluster.connect import autoscaling, connect
 from raysed.cluster.cycles import Arm, Setup
 from raysed.cluster.preflight import check_data, check_labels, check_run_paths
 from raysed.cluster.room import secure
-from raysed.cluster.scoring import Network, Scorer
+from raysed.cluster.scoring import Network, ScorerPool
 from raysed.cluster.telemetry import Monitor, Progress, TensorBoard
 from raysed.config import Experiment
 from raysed.core.acquisition import STRATEGIES
@@ -144,8 +144,9 @@ def _run(
     patience = experiment.cluster.patience(autoscaling=autoscaling())
     watcher: Any = ray.remote(Monitor).options(num_cpus=0, max_concurrency=8, scheduling_strategy=_here())
     monitor = watcher.remote(scorers, stopper.allowed)
-    pool = _start_scorers(experiment, store, device, scorers)
-    setup = Setup(held, pool, monitor, device, environment(), patience, hold)
+    pool = _scorers(experiment, store, device, scorers)
+    pool.start()
+    setup = Setup(held, pool, monitor, device, environment(), patience, hold, autoscaling())
     boards, committed = {}, {}
     for arm in held:
         run = Storage(str(arm.experiment.run))
@@ -158,8 +159,8 @@ def _run(
     finally:
         for board in boards.values():
             board.close()
-        for actor in (*pool, monitor):
-            ray.kill(actor)
+        pool.kill()
+        ray.kill(monitor)
 
 
 def _scores(experiment: Experiment) -> bool:
@@ -171,17 +172,12 @@ def _here() -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def _start_scorers(experiment: Experiment, store: Store, device: str, count: int) -> tuple[ActorHandle, ...]:
+def _scorers(experiment: Experiment, store: Store, device: str, count: int) -> ScorerPool:
     cluster = experiment.cluster
     network = Network(experiment.model.arch, len(store.dataset.classes), experiment.optim.precision, device)
-    actor: Any = ray.remote(Scorer).options(
-        num_cpus=cluster.scorer(device)["CPU"],
-        num_gpus=cluster.scorer(device).get("GPU", 0),
-        max_restarts=-1,
-        scheduling_strategy="SPREAD",
-    )
-    side, room = store.dataset.tile_size, int(cluster.cache_gib * 2**30)
-    return tuple(actor.remote(network, store.storage.uri, side, room) for _ in range(count))
+    make = network, store.storage.uri, store.dataset.tile_size, int(cluster.cache_gib * 2**30)
+    asked = cluster.scorer(device)
+    return ScorerPool(count, make, {"num_cpus": asked["CPU"], "num_gpus": asked.get("GPU", 0)})
 
 
 def _trainer(experiment: Experiment, setup: Setup) -> TorchTrainer:

@@ -1,15 +1,14 @@
 """Who scores which tiles when: the score table of a run on rank 0, from cycle to cycle."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from ray.actor import ActorHandle
 
-from raysed.cluster.scoring import Scores, present, score_pool
+from raysed.cluster.scoring import ScorerPool, Scores, score_pool
 from raysed.config import SelectConfig
 from raysed.core.acquisition import STRATEGIES
 from raysed.core.pool import matrix
@@ -19,7 +18,11 @@ from raysed.io.store import BadTile, Store
 Weights = Callable[[], tuple[dict[str, np.ndarray], str]]
 """A network's state dict as arrays, and its hash."""
 FIRST_GRACE, GRACE = 60.0, 3.0
-"""Seconds that the first scorer waits for the others: when the workers begin, and later, when one may have lost its node."""
+"""Seconds that the first scorer waits for the others: when they were just made, and later, when one may have lost its node."""
+RELEASE_SECONDS = 60.0
+"""Scorers that will be idle for longer are given back where nothing else keeps their node: new ones take about ten seconds, and
+read the pool again.
+"""
 SAMPLE = 32
 """Visited tiles that a scorer scores too, to bring by-product scores onto its scale."""
 COLLECTED = frozenset({"loss", "class_loss"})
@@ -45,7 +48,7 @@ class Scorekeeper:
     """The score table and what keeps it up to date.
 
     Args:
-        scorers: the pool; empty if the strategy needs no forward pass.
+        scorers: the pool; without any if the strategy needs no forward pass.
         patience: seconds to wait for a scorer.
         store: the tile store.
         select: strategy and mode.
@@ -55,7 +58,7 @@ class Scorekeeper:
 
     def __init__(
         self,
-        scorers: Sequence[ActorHandle],
+        scorers: ScorerPool,
         patience: float,
         store: Store,
         select: SelectConfig,
@@ -158,6 +161,13 @@ class Scorekeeper:
             weights, version = now()
             self._ahead = self._thread.submit(self._pool, ids, weights, version), version
 
+    def rest(self, seconds: float, occupied: Collection[str]) -> int:
+        """Give back the scorers on nodes other than these if they will be idle for so long; how many they are."""
+        if self.mode == "overlapped" or seconds < RELEASE_SECONDS:
+            return 0
+        self._grace = FIRST_GRACE
+        return self.scorers.release(occupied)
+
     def _one_cycle_old(self, ids: list[str], now: Weights, before: Weights) -> tuple[Scores, str]:
         if self._ahead is None:  # the first cycle, or one that is continued
             found, version = self._pass(ids, before if len(self.table.ids) else now)
@@ -199,7 +209,7 @@ class Scorekeeper:
         features: bool = False,
         loss: bool = False,
     ) -> Scores:
-        scorers, threads = present(self.scorers, self.patience, self._grace)
+        scorers, threads = self.scorers.ready(self.patience, self._grace)
         self._grace = GRACE
         at = self.store.locations(ids)
         return score_pool(scorers, threads, weights, version, at, side=side, features=features, loss=loss)

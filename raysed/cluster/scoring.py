@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -164,39 +164,81 @@ class Scores:
     """Node -> tiles scored there."""
 
 
-def present(
-    scorers: Sequence[ActorHandle], patience: float, grace: float
-) -> tuple[list[ActorHandle], list[int]]:
-    """The scorers that are up, and the part of its node's CPUs that each should use as torch threads.
+class ScorerPool:
+    """Scoring actors, made when they are needed; between two scorings they can be given back, so that the cluster may shrink.
+
+    A copy in another process knows the actors that were made before it was sent there.
 
     Args:
-        scorers: all; one whose node is gone may have found no other.
-        patience: seconds to wait for the first.
-        grace: seconds to wait for the others then.
-
-    Raises:
-        ResourcesError: none is up within `patience` seconds.
+        count: scorers.
+        make: arguments of `Scorer`.
+        options: of the actors, such as their resources.
+        kind: class of the actors.
     """
-    until = time.monotonic() + patience
-    asked: dict[Any, ActorHandle] = {s.node.remote(): s for s in scorers}
-    nodes: dict[ActorHandle, str] = {}
-    while asked:
-        answered, _ = ray.wait(list(asked), num_returns=1, timeout=max(0.0, until - time.monotonic()))
-        if not answered:
-            break
-        scorer = asked.pop(answered[0])
-        try:
-            nodes[scorer] = ray.get(answered[0])
-        except ray.exceptions.RayActorError:
-            continue
-        if len(nodes) == 1:
-            until = time.monotonic() + grace
-    if not nodes:
-        raise ResourcesError(f"none of {len(scorers)} scorers is up within {patience:.0f} s: lower --scorers")
-    cpus = {n["NodeID"]: n["Resources"].get("CPU", 1) for n in ray.nodes()}
-    here = list(nodes.values())
-    up = [s for s in scorers if s in nodes]
-    return up, [max(1, int(cpus.get(nodes[s], 1) // here.count(nodes[s]))) for s in up]
+
+    def __init__(
+        self,
+        count: int,
+        make: tuple[Network, str, int, int],
+        options: dict[str, Any],
+        kind: type[Scorer] = Scorer,
+    ) -> None:
+        self._make, self._options, self._kind = make, options, kind
+        self.scorers: list[ActorHandle | None] = [None] * count
+        self._nodes: dict[ActorHandle, str] = {}
+
+    def start(self) -> None:
+        """Make those that are missing, without waiting for them."""
+        actor: Any = ray.remote(self._kind).options(
+            max_restarts=-1, scheduling_strategy="SPREAD", **self._options
+        )
+        self.scorers = [s or actor.remote(*self._make) for s in self.scorers]
+
+    def ready(self, patience: float, grace: float) -> tuple[list[ActorHandle], list[int]]:
+        """The scorers that are up, and the part of its node's CPUs that each should use as torch threads.
+
+        Args:
+            patience: seconds to wait for the first; one whose node is gone may have found no other.
+            grace: seconds to wait for the others then.
+
+        Raises:
+            ResourcesError: none is up within `patience` seconds.
+        """
+        self.start()
+        until = time.monotonic() + patience
+        asked: dict[Any, ActorHandle] = {s.node.remote(): s for s in self.scorers if s}
+        self._nodes = {}
+        while asked:
+            answered, _ = ray.wait(list(asked), num_returns=1, timeout=max(0.0, until - time.monotonic()))
+            if not answered:
+                break
+            scorer = asked.pop(answered[0])
+            try:
+                self._nodes[scorer] = ray.get(answered[0])
+            except ray.exceptions.RayActorError:
+                continue
+            if len(self._nodes) == 1:
+                until = time.monotonic() + grace
+        if not self._nodes:
+            raise ResourcesError(
+                f"none of {len(self.scorers)} scorers is up within {patience:.0f} s: lower --scorers"
+            )
+        cpus = {n["NodeID"]: n["Resources"].get("CPU", 1) for n in ray.nodes()}
+        here = list(self._nodes.values())
+        up = [s for s in self.scorers if s in self._nodes]
+        return up, [max(1, int(cpus.get(self._nodes[s], 1) // here.count(self._nodes[s]))) for s in up]
+
+    def release(self, occupied: Collection[str]) -> int:
+        """End the scorers on nodes other than these, where nothing else may be left to do; how many they were."""
+        idle = [s for s in self.scorers if s and self._nodes.get(s) not in occupied]
+        for scorer in idle:
+            ray.kill(scorer)
+        self.scorers = [None if s in idle else s for s in self.scorers]
+        return len(idle)
+
+    def kill(self) -> None:
+        """End all."""
+        self.release(())
 
 
 def score_pool(

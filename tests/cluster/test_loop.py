@@ -19,7 +19,7 @@ from raysed.cluster import scoring
 from raysed.cluster.estimate import dry_run
 from raysed.cluster.launch import store_of
 from raysed.cluster.preflight import check_data
-from raysed.cluster.scoring import BATCH, Network, Scorer, present, score_pool
+from raysed.cluster.scoring import BATCH, Network, Scorer, ScorerPool, score_pool
 from raysed.cluster.stream import Stream
 from raysed.cluster.telemetry import GAUGES, Monitor
 from raysed.config import AugmentConfig, Experiment, ModelConfig, SelectConfig
@@ -122,15 +122,38 @@ def test_scorers_that_die_again_and_again_end_the_scoring(ray_session, small_sto
     monkeypatch.setattr(scoring, "PATIENCE", 8.0)
     store = Store.open(small_store)
     network = Network("unet:resnet18", 8, "fp32", "cpu")
-    actor = ray.remote(Doomed).options(num_cpus=0.1, max_restarts=-1)
-    doomed = [actor.remote(network, small_store, store.dataset.tile_size, 1 << 30) for _ in range(2)]
-    present(doomed, 60, 60)
+    make = network, small_store, store.dataset.tile_size, 1 << 30
+    made = ScorerPool(2, make, {"num_cpus": 0.1}, Doomed)
+    doomed, _ = made.ready(60, 60)
     with pytest.raises(ResourcesError, match=r"no scorer has given a score for 8 s, 0 of 2 chunks .*memory"):
         score_pool(
             doomed, [1, 1], weights, "v1", store.locations(store.index["tile_id"].to_pylist()[:40]), side=SIDE
         )
-    for scorer in doomed:
-        ray.kill(scorer)
+    made.kill()
+
+
+def test_scorers_given_back_are_made_anew_and_score_the_same(ray_session, small_store, weights):
+    store = Store.open(small_store)
+    network = Network("unet:resnet18", 8, "fp32", "cpu")
+    pool = ScorerPool(2, (network, small_store, store.dataset.tile_size, 1 << 30), {"num_cpus": 0.1})
+    [node] = {n["NodeID"] for n in ray.nodes() if n["Alive"]}
+
+    def scores() -> np.ndarray:
+        up, threads = pool.ready(60, 60)
+        assert len(up) == 2
+        assert threads == [max(1, int(ray.cluster_resources()["CPU"] // 2))] * 2
+        at = store.locations(store.index["tile_id"].to_pylist()[:40])
+        return score_pool(up, [1, 1], weights, "v1", at, side=SIDE).rows
+
+    before, first = scores(), list(pool.scorers)
+    assert pool.release({node}) == 0  # a trainer is there: nothing would be won
+    assert pool.release({"another"}) == 2
+    for scorer in first:
+        with pytest.raises(ray.exceptions.RayActorError):
+            ray.get(scorer.node.remote(), timeout=30)
+    assert np.array_equal(scores(), before)
+    assert not set(first) & set(pool.scorers)
+    pool.kill()
 
 
 @pytest.fixture(scope="module")

@@ -64,12 +64,15 @@ def test_the_irreducible_loss_is_found_once_a_run_and_goes_on_from_the_ledger(st
             own, np.zeros((n, 10), np.float32), np.zeros((n, 0)), np.arange(n, dtype=np.float32), [], {}
         )
 
+    class NoScorers:
+        def ready(self, patience, grace):
+            return [], []
+
     def keeper() -> Scorekeeper:
         select = SelectConfig(strategy="reducible-loss", reference="r")
-        return Scorekeeper((), 1.0, store, select, multiple=32, reference=lambda: ({}, "reference"))
+        return Scorekeeper(NoScorers(), 1.0, store, select, multiple=32, reference=lambda: ({}, "reference"))
 
     monkeypatch.setattr(scorekeeping, "score_pool", score_pool)
-    monkeypatch.setattr(scorekeeping, "present", lambda *_: ([], []))
     first, nothing = keeper(), lambda: pytest.fail("no weights are asked for")
     one = first.scores(ids, nothing, nothing)
     two = first.scores(ids, nothing, nothing)
@@ -81,3 +84,24 @@ def test_the_irreducible_loss_is_found_once_a_run_and_goes_on_from_the_ledger(st
     three = again.scores(ids, nothing, nothing)
     assert len(passes) == 1
     assert three.table["irreducible"] == one.table["irreducible"]
+
+
+def test_scorers_rest_only_when_they_will_be_idle_for_long(store):
+    class Pool:
+        released = []
+
+        def release(self, occupied):
+            self.released.append(occupied)
+            return 2
+
+    def rest(mode: str, seconds: float) -> int:
+        select = SelectConfig(strategy="entropy", scores=mode)
+        return Scorekeeper(Pool(), 1.0, store, select, multiple=32).rest(seconds, {"trainer"})
+
+    assert [rest("fresh", 59), rest("fresh", 61), rest("byproduct", 61), rest("overlapped", 1e6)] == [
+        0,
+        2,
+        2,
+        0,
+    ]
+    assert Pool.released == [{"trainer"}] * 2
