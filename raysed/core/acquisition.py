@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from raysed.core.active import (
     clasp_pe,
@@ -20,12 +19,13 @@ from raysed.core.active import (
     k_center,
     margin,
     power_entropy,
+    ranked,
     reducible_loss,
     top_loss,
 )
 from raysed.core.defensive import defensive
 from raysed.core.passive import Select, class_random, epoch_queue, region_random
-from raysed.core.pool import Selection
+from raysed.core.pool import Pool, Selection
 
 OF_LABELS = frozenset({"loss", "class_loss", "irreducible"})
 """Columns of the scores that follow from labels."""
@@ -46,13 +46,8 @@ def top_entropy(
     scores: pa.Table, index: pa.Table, state: dict[str, Any], budget: int, rng: np.random.Generator
 ) -> Selection:
     """The highest mean pixel entropy first: the paper's active selection.  Costs a forward pass over the pool."""
-    known = scores.filter(pc.is_in(scores["tile_id"], index["tile_id"]))
-    best = known.sort_by([("entropy", "descending"), ("tile_id", "ascending")])[:budget]
-    return Selection(
-        best["tile_id"].to_pylist(),
-        [1.0] * len(best),
-        [f"entropy {h:.4f}" for h in best["entropy"].to_pylist()],
-    )
+    pool = Pool(scores, index)
+    return ranked(pool, pool.score("entropy"), budget, rng, "entropy")
 
 
 @dataclass(frozen=True)
