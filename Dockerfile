@@ -15,4 +15,4 @@ RUN pip install --no-cache-dir -c constraints.txt ".[aws]"
 COPY jobs jobs
 
 USER 1000
-ENV RAY_AUTH_MODE=token PYTHONUNBUFFERED=1
+ENV RAY_AUTH_MODE=token RAY_num_workers_soft_limit=64 PYTHONUNBUFFERED=1

@@ -25,14 +25,14 @@ chaos: $(READY)
 	$(PYTHON) -m pip install --quiet -c constraints.txt -e ".[local]"
 	$(PYTHON) jobs/chaos.py $(FAULTS)
 
-test: $(READY) lint
-	$(PYTHON) -m pytest -m "not slow"
+test: check
+	$(PYTHON) -m pytest -m "ray and not slow"
 
-test-all: $(READY) lint
-	$(PYTHON) -m pytest
+test-all: check
+	$(PYTHON) -m pytest -m "ray or slow"
 
 check: $(READY) lint
-	$(PYTHON) -m pytest -m "not ray"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto -m "not ray and not slow"
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -160,9 +160,10 @@ class SelectConfig:
     """Where a strategy's scores come from: fresh passes over the whole pool before each cycle; overlapped does so while the
     cycle before trains, with weights one cycle old; byproduct takes what training visits tell and refreshes the oldest."""
     refresh: float = 0.1
-    """Share of the pool, the oldest scores first, that scorers renew before each cycle when scores are byproduct; at half the
-    tile's side where the network takes it."""
-
+    """Share of the pool, the oldest scores first, that scorers renew before each cycle when scores are byproduct."""
+    side: Literal["auto", "full", "half"] = "auto"
+    """Side at which scorers look at tiles: half costs a quarter and ranks nearly alike; auto is half when scores are byproduct and
+    full otherwise.  Where half is less than the network takes, it is full."""
     reference: str | None = None
     """Run whose newest weights say what loss of a tile training cannot take away, for reducible-loss and defensive-reducible; of
     the same architecture, and best one that has not trained on the tiles."""

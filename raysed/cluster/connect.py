@@ -68,11 +68,13 @@ def _listens(address: str) -> bool:
 
 
 def _local() -> dict[str, Any]:
+    cpus = len(os.sched_getaffinity(0))
     return {
-        "num_cpus": len(os.sched_getaffinity(0)),
+        "num_cpus": cpus,
         "object_store_memory": OBJECT_STORE,
         # tasks and actors that take fractions of a CPU need more processes than CPUs; Ray warns at 4 times this number
-        "_system_config": {"worker_maximum_startup_concurrency": 8},
+        # and ends idle ones beyond one a CPU after a second: read tasks would start new ones every cycle, for 3 s of a core each
+        "_system_config": {"worker_maximum_startup_concurrency": 8, "num_workers_soft_limit": 8 * cpus},
     }
 
 

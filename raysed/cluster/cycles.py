@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -28,12 +28,11 @@ import torch.distributed as dist
 from ray.actor import ActorHandle
 from ray.train.collective import broadcast_from_rank_zero
 
+from raysed.cluster.arms import Arm, Setup
 from raysed.cluster.connect import quiet_data
 from raysed.cluster.opencycle import SELECTED, WORK, Clock, OpenCycle, Part
 from raysed.cluster.scorekeeping import Scored, Scorekeeper
-from raysed.cluster.scoring import ScorerPool
 from raysed.cluster.stream import Row, Stream
-from raysed.config import Experiment
 from raysed.core import metrics, networks
 from raysed.core.acquisition import STRATEGIES
 from raysed.core.labelling import bought, rows_bought
@@ -84,38 +83,8 @@ HOLD_SECONDS = 60.0
 """How long a run waits at the point named by RAYSED_HOLD, for whoever wants to kill it there."""
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One run: a strategy in its own run directory."""
-
-    name: str
-    experiment: Experiment
-    epoch: int
-    """Fencing token of the lease on its run directory."""
-    dataset: str
-    """Content hash of the version of the tile store that it runs on."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What the driver hands to every worker."""
-
-    arms: tuple[Arm, ...]
-    scorers: ScorerPool
-    monitor: ActorHandle
-    device: str
-    environment: dict[str, Any]
-    patience: float
-    """Seconds to wait for nodes."""
-    hold: str | None
-    """`point@cycle` to wait at, for tests that kill a run there."""
-    shrinks: bool
-    """Whether nodes without work go away, so that scorers are given back while they are idle."""
-
-
-def run(config: dict[str, Any]) -> None:
+def run(setup: Setup) -> None:
     """The training function of every rank: all arms, one after the other."""
-    setup: Setup = config["setup"]
     context = ray.train.get_context()
     first = context.get_world_rank() == 0
     if not broadcast_from_rank_zero(ray.get(setup.monitor.begin.remote()) if first else None):
@@ -169,8 +138,10 @@ class Worker:
         self.names = [c.name for c in dataset.classes]
         self.precision = resolve_precision(self.exp.optim.precision, self.device)
         self.learner = self._learner()
-        self.nodes = frozenset(self._everyone(node_id()))
-        """Those of all ranks."""
+        self.nodes: Counter[str] = Counter()
+        """Threads that the ranks use, by node."""
+        for node, threads in self._everyone((node_id(), self.threads)):
+            self.nodes[node] += threads
         self.keeper: Scorekeeper | None = None
         self.collects = False
         self._busy = 0.0
@@ -182,6 +153,7 @@ class Worker:
                 self.store,
                 self.exp.select,
                 multiple=int(self.learner.net.multiple),  # type: ignore[arg-type]
+                taken=self.nodes,
                 reference=self._reference if self._needs("irreducible") else None,
             )
             self.collects = self.keeper.collects
@@ -370,8 +342,9 @@ class Worker:
                 files["visits.parquet"] = table_bytes(self.keeper.visits_table())
             if cycle >= self.exp.cycles - LAST:
                 files["sources.parquet"] = table_bytes(source_table(self.sources, self.by_source))
+            pictures = None
             if cycle % EXAMPLES_EVERY == 0 or cycle == self.exp.cycles - 1:
-                files["examples.png"] = self._pictured()
+                pictures = self._pictured()
             scores = opened.scores
             record = {
                 "strategy": self.exp.select.strategy,
@@ -402,7 +375,7 @@ class Worker:
             clock.add("commit", time.perf_counter() - began)
             record["seconds"] = seconds = clock.closed()
             self._busy = seconds["total"] - seconds.get("score", 0.0)
-            self._pending = self._committer.submit(self._commit, cycle, files, optimizer, record)
+            self._pending = self._committer.submit(self._commit, cycle, files, optimizer, pictures, record)
         self.state = selection.state
         ray.train.report({"cycle": cycle, "loss": train["loss"], "miou": val["miou"]})
 
@@ -742,8 +715,8 @@ class Worker:
 
         return self.learner.evaluate(arrays(), len(self.sources))
 
-    def _pictured(self) -> bytes:
-        """PNG of a few validation tiles, one a row: image, label, prediction."""
+    def _pictured(self) -> np.ndarray:
+        """A few validation tiles as a picture, one a row: image, label, prediction."""
         images, labels = self._arrays(self.examples)
         guess = self.learner.predict(to_device(images, labels, self.device)[0]).numpy()
         colors = np.zeros((256, 3), np.uint8)
@@ -752,7 +725,7 @@ class Worker:
             np.hstack([x, colors[target_of(y)], colors[p]])
             for x, y, p in zip(images, labels, guess, strict=True)
         ]
-        return encode_picture(np.vstack(rows))
+        return np.vstack(rows)
 
     def _read_validation(self) -> tuple[Stream, list[range]]:
         """This rank's share of the validation tiles, whole batches of the global order, and their positions."""
@@ -824,10 +797,17 @@ class Worker:
             pending.result()
 
     def _commit(
-        self, cycle: int, files: dict[str, bytes], optimizer: dict[str, torch.Tensor], record: dict[str, Any]
+        self,
+        cycle: int,
+        files: dict[str, bytes],
+        optimizer: dict[str, torch.Tensor],
+        pictures: np.ndarray | None,
+        record: dict[str, Any],
     ) -> None:
         """Commit a cycle, in a thread while the next one begins: blocks the trainer 0.3 s a cycle otherwise."""
         files["optimizer.safetensors"] = checkpoint.pack(optimizer)
+        if pictures is not None:
+            files["examples.png"] = encode_picture(pictures)
 
         def completed() -> dict[str, Any]:
             self._at("commit", cycle)

@@ -18,9 +18,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysed import errors
-from raysed.cluster import cycles
+from raysed.cluster.arms import Arm, Setup
 from raysed.cluster.connect import autoscaling, connect
-from raysed.cluster.cycles import Arm, Setup
 from raysed.cluster.preflight import check_data, check_labels, check_run_paths
 from raysed.cluster.room import secure
 from raysed.cluster.scoring import Network, ScorerPool
@@ -185,10 +184,15 @@ def _trainer(experiment: Experiment, setup: Setup) -> TorchTrainer:
         os.environ.setdefault(name, value)
     cluster = experiment.cluster
     gpu = setup.device == "cuda"
+
+    def work() -> None:
+        from raysed.cluster import cycles
+
+        cycles.run(setup)
+
     workers: Any = (cluster.fewest, cluster.workers) if cluster.min_workers else cluster.workers
     return TorchTrainer(
-        cycles.run,
-        train_loop_config={"setup": setup},
+        work,  # holds the setup: Ray's controller would open a `train_loop_config`, and import torch for it
         scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]  # Ray's hints are those of its old Train
             num_workers=workers,
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,

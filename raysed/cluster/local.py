@@ -220,6 +220,7 @@ class LocalCluster:
             "RAY_ADDRESS": self.address,  # pins what runs inside to this cluster, should there be another on the machine
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_JOB_STOP_WAIT_TIME_S": "120",  # `ray job stop` kills after 3 s otherwise, before a cycle can be committed
+            "RAY_num_workers_soft_limit": "8",  # a node of one CPU ends its read processes after a second without work otherwise
         }
         self._types, self._idle_minutes, self._head_cpus = types, idle_minutes, head_cpus
         self.nodes: list[Process] = []

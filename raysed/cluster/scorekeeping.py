@@ -1,7 +1,7 @@
 """Who scores which tiles when: the score table of a run on rank 0, from cycle to cycle."""
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -53,6 +53,7 @@ class Scorekeeper:
         store: the tile store.
         select: strategy and mode.
         multiple: side of a tile that the network takes is a multiple of this.
+        taken: threads that training workers use, by node: in mode overlapped scorers leave them alone.
         reference: the weights that say what loss is irreducible, if the strategy asks for it.
     """
 
@@ -64,6 +65,7 @@ class Scorekeeper:
         select: SelectConfig,
         *,
         multiple: int,
+        taken: Mapping[str, int],
         reference: Weights | None = None,
     ) -> None:
         strategy = STRATEGIES[select.strategy]
@@ -77,7 +79,9 @@ class Scorekeeper:
         """Whether training has to record its visits."""
         side = store.dataset.tile_size
         half = side // 2 // multiple * multiple
-        self.side = half if self.mode == "byproduct" and half >= 2 * multiple else side
+        wanted = select.side == "half" or (select.side == "auto" and self.mode == "byproduct")
+        self.side = half if wanted and half >= 2 * multiple else side
+        self._taken = taken if self.mode == "overlapped" else {}
         self.classes = len(store.dataset.classes)
         self.reference = reference
         self.irreducible: dict[str, float] | None = None
@@ -209,7 +213,7 @@ class Scorekeeper:
         features: bool = False,
         loss: bool = False,
     ) -> Scores:
-        scorers, threads = self.scorers.ready(self.patience, self._grace)
+        scorers, threads = self.scorers.ready(self.patience, self._grace, self._taken)
         self._grace = GRACE
         at = self.store.locations(ids)
         return score_pool(scorers, threads, weights, version, at, side=side, features=features, loss=loss)

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -189,17 +189,23 @@ class ScorerPool:
 
     def start(self) -> None:
         """Make those that are missing, without waiting for them."""
-        actor: Any = ray.remote(self._kind).options(
-            max_restarts=-1, scheduling_strategy="SPREAD", **self._options
-        )
-        self.scorers = [s or actor.remote(*self._make) for s in self.scorers]
+        self.scorers = [s or self._made() for s in self.scorers]
 
-    def ready(self, patience: float, grace: float) -> tuple[list[ActorHandle], list[int]]:
+    def _made(self) -> ActorHandle:
+        actor: Any = ray.remote(self._kind)
+        return actor.options(max_restarts=-1, scheduling_strategy="SPREAD", **self._options).remote(
+            *self._make
+        )
+
+    def ready(
+        self, patience: float, grace: float, taken: Mapping[str, int] | None = None
+    ) -> tuple[list[ActorHandle], list[int]]:
         """The scorers that are up, and the part of its node's CPUs that each should use as torch threads.
 
         Args:
             patience: seconds to wait for the first; one whose node is gone may have found no other.
             grace: seconds to wait for the others then.
+            taken: threads, by node, that work beside the scorers.
 
         Raises:
             ResourcesError: none is up within `patience` seconds.
@@ -208,6 +214,7 @@ class ScorerPool:
         until = time.monotonic() + patience
         asked: dict[Any, ActorHandle] = {s.node.remote(): s for s in self.scorers if s}
         self._nodes = {}
+        ended: list[ActorHandle] = []
         while asked:
             answered, _ = ray.wait(list(asked), num_returns=1, timeout=max(0.0, until - time.monotonic()))
             if not answered:
@@ -215,6 +222,14 @@ class ScorerPool:
             scorer = asked.pop(answered[0])
             try:
                 self._nodes[scorer] = ray.get(answered[0])
+            except ray.exceptions.ActorDiedError:
+                # given back by the worker whose place this one has taken
+                if len(ended) < len(self.scorers):
+                    ended.append(scorer)
+                    fresh = self._made()
+                    self.scorers[self.scorers.index(scorer)] = fresh
+                    asked[fresh.node.remote()] = fresh
+                continue
             except ray.exceptions.RayActorError:
                 continue
             if len(self._nodes) == 1:
@@ -224,9 +239,10 @@ class ScorerPool:
                 f"none of {len(self.scorers)} scorers is up within {patience:.0f} s: lower --scorers"
             )
         cpus = {n["NodeID"]: n["Resources"].get("CPU", 1) for n in ray.nodes()}
-        here = list(self._nodes.values())
-        up = [s for s in self.scorers if s in self._nodes]
-        return up, [max(1, int(cpus.get(self._nodes[s], 1) // here.count(self._nodes[s]))) for s in up]
+        here = Counter(self._nodes.values())
+        free = {node: cpus.get(node, 1) - (taken or {}).get(node, 0) for node in here}
+        up = {s: self._nodes[s] for s in self.scorers if s in self._nodes}
+        return list(up), [max(1, int(free[node] // here[node])) for node in up.values()]
 
     def release(self, occupied: Collection[str]) -> int:
         """End the scorers on nodes other than these, where nothing else may be left to do; how many they were."""

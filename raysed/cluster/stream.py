@@ -1,12 +1,13 @@
 """This rank's share of a cycle as Ray Data: read by ranged reads, verified, decoded, augmented, in plan order.
 
 An open Ray Data execution spins in the process that consumes it, so the stream is drained in chunks: chunk k + 1 in a thread
-while chunk k trains, and nothing is open during most steps.
+while chunk k trains, and nothing is open during most steps.  An execution takes 0.2 s to begin, so the first few tiles are
+read by the trainer's own process meanwhile.
 """
 
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -28,6 +29,10 @@ TASKS = 4
 """Read tasks of a chunk, at least, so that several CPUs share it."""
 
 
+FIRST = 16
+"""Tiles that the trainer's process reads itself at the beginning, at most."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One tile of the stream; a bad tile is black and all void."""
@@ -38,6 +43,10 @@ class Row:
     """(side, side, 3) uint8 RGB."""
     label: np.ndarray
     """(side, side) uint8, 0 void, 1..C classes."""
+
+
+Drained = tuple[list[Row], Counter[str], list[BadTile]]
+"""Tiles, how many of them each node has read, and the bad ones."""
 
 
 @cache
@@ -122,32 +131,33 @@ class Stream:
         self.stall = 0.0
         """Seconds spent waiting for tiles."""
         self._wanted, self._store, self._name, self._reader_cpus = list(wanted), store, name, reader_cpus
-        self._arguments = {
+        self._arguments: dict[str, Any] = {
             "uri": store.storage.uri,
             "side": store.dataset.tile_size,
             "keys": keys,
             "limits": asdict(limits),
         }
-        first = -(
-            -chunk // 8
-        )  # a small one first: the trainer waits for it, and reads the next ones while it trains
+        first = min(FIRST, chunk)
         rest = range(first, len(self._wanted), chunk)
-        self._chunks = [c for c in (self._wanted[:first], *(self._wanted[i : i + chunk] for i in rest)) if c]
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="raysed-stream")
-        self._next: Future[tuple[list[Row], Counter[str], list[BadTile]]] | None = None
+        self._chunks = deque(self._wanted[i : i + chunk] for i in rest)
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="raysed-stream")
+        self._coming: deque[Future[Drained]] = deque()
         self._ready: list[Row] = []
+        if self._wanted:
+            self._coming.append(self._threads.submit(self._read_here, self._wanted[:first]))
         self._advance()
 
     def take(self, positions: Sequence[int]) -> list[Row]:
         """The next tiles, whose positions the caller knows; they are checked."""
         began = time.perf_counter()
         while len(self._ready) < len(positions):
-            assert self._next is not None, "more tiles asked for than were planned"
-            rows, nodes, bad = self._next.result()
+            assert self._coming, "more tiles asked for than were planned"
+            rows, nodes, bad = self._coming.popleft().result()
             self._ready += rows
             self.nodes += nodes
             self.bad += bad
-            self._advance()
+            if not self._coming:
+                self._advance()
         self.stall += time.perf_counter() - began
         rows, self._ready = self._ready[: len(positions)], self._ready[len(positions) :]
         assert [r.position for r in rows] == list(positions), "the stream lost the order of the plan"
@@ -161,14 +171,23 @@ class Stream:
 
     def close(self) -> None:
         """End the drain that may still run."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _advance(self) -> None:
-        self._next = self._thread.submit(self._drain, self._chunks.pop(0)) if self._chunks else None
+        if self._chunks:
+            self._coming.append(self._threads.submit(self._drain, self._chunks.popleft()))
 
-    def _drain(self, wanted: list[tuple[int, str]]) -> tuple[list[Row], Counter[str], list[BadTile]]:
+    def _items(self, wanted: list[tuple[int, str]]) -> list[dict[str, Any]]:
         locations = self._store.locations([t for _, t in wanted])
-        items = [{"position": p, **at} for (p, _), at in zip(wanted, locations, strict=True)]
+        return [{"position": p, **at} for (p, _), at in zip(wanted, locations, strict=True)]
+
+    def _read_here(self, wanted: list[tuple[int, str]]) -> Drained:
+        items = self._items(wanted)
+        columns = {name: np.array([item[name] for item in items]) for name in items[0]}
+        return _drained([read_and_augment(columns, **self._arguments)])
+
+    def _drain(self, wanted: list[tuple[int, str]]) -> Drained:
+        items = self._items(wanted)
         tasks = min(len(items), max(TASKS, -(-len(items) // BLOCK)))
         source = ray.data.from_items(items, override_num_blocks=tasks)
         stream = source.map_batches(
@@ -178,18 +197,23 @@ class Stream:
             num_cpus=self._reader_cpus,
         )
         stream.set_name(self._name)
-        rows: list[Row] = []
-        nodes: Counter[str] = Counter()
-        bad_ones: list[BadTile] = []
-        for block in stream.iter_batches(batch_size=None, prefetch_batches=len(items)):
-            if block["failed"][0]:
-                raise rebuilt(*str(block["failed"][0]).split(" ", 1))
-            nodes.update(block["node"].tolist())
-            for i, (position, tile_id, bad) in enumerate(
-                zip(block["position"], block["tile_id"], block["bad"], strict=True)
-            ):
-                if bad:
-                    found, _, reason = str(bad).partition(" ")
-                    bad_ones.append(BadTile(str(tile_id), reason, found))
-                rows.append(Row(int(position), str(tile_id), block["image"][i], block["label"][i]))
-        return rows, nodes, bad_ones
+        return _drained(stream.iter_batches(batch_size=None, prefetch_batches=len(items)))
+
+
+def _drained(blocks: Iterable[dict[str, Any]]) -> Drained:
+    """What `read_and_augment` gave, tile by tile."""
+    rows: list[Row] = []
+    nodes: Counter[str] = Counter()
+    bad_ones: list[BadTile] = []
+    for block in blocks:
+        if block["failed"][0]:
+            raise rebuilt(*str(block["failed"][0]).split(" ", 1))
+        nodes.update(map(str, block["node"]))
+        for i, (position, tile_id, bad) in enumerate(
+            zip(block["position"], block["tile_id"], block["bad"], strict=True)
+        ):
+            if bad:
+                found, _, reason = str(bad).partition(" ")
+                bad_ones.append(BadTile(str(tile_id), reason, found))
+            rows.append(Row(int(position), str(tile_id), block["image"][i], block["label"][i]))
+    return rows, nodes, bad_ones

@@ -1,5 +1,6 @@
 """The stream, the scorers and the loop on a real local Ray."""
 
+import copy
 import json
 import os
 import re
@@ -145,6 +146,9 @@ def test_scorers_given_back_are_made_anew_and_score_the_same(ray_session, small_
         at = store.locations(store.index["tile_id"].to_pylist()[:40])
         return score_pool(up, [1, 1], weights, "v1", at, side=SIDE).rows
 
+    other = copy.copy(pool)  # a worker that takes the place of one that has given them back
+    pool.start()
+    other.scorers = list(pool.scorers)
     before, first = scores(), list(pool.scorers)
     assert pool.release({node}) == 0  # a trainer is there: nothing would be won
     assert pool.release({"another"}) == 2
@@ -153,7 +157,11 @@ def test_scorers_given_back_are_made_anew_and_score_the_same(ray_session, small_
             ray.get(scorer.node.remote(), timeout=30)
     assert np.array_equal(scores(), before)
     assert not set(first) & set(pool.scorers)
-    pool.kill()
+    assert other.scorers == first
+    assert len(other.ready(60, 60)[0]) == 2
+    assert not set(first) & set(other.scorers)
+    for made in (pool, other):
+        made.kill()
 
 
 @pytest.fixture(scope="module")

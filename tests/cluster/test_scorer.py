@@ -65,12 +65,14 @@ def test_the_irreducible_loss_is_found_once_a_run_and_goes_on_from_the_ledger(st
         )
 
     class NoScorers:
-        def ready(self, patience, grace):
+        def ready(self, patience, grace, taken):
             return [], []
 
     def keeper() -> Scorekeeper:
         select = SelectConfig(strategy="reducible-loss", reference="r")
-        return Scorekeeper(NoScorers(), 1.0, store, select, multiple=32, reference=lambda: ({}, "reference"))
+        return Scorekeeper(
+            NoScorers(), 1.0, store, select, multiple=32, taken={}, reference=lambda: ({}, "reference")
+        )
 
     monkeypatch.setattr(scorekeeping, "score_pool", score_pool)
     first, nothing = keeper(), lambda: pytest.fail("no weights are asked for")
@@ -87,16 +89,16 @@ def test_the_irreducible_loss_is_found_once_a_run_and_goes_on_from_the_ledger(st
 
 
 def test_scorers_rest_only_when_they_will_be_idle_for_long(store):
-    class Pool:
-        released = []
+    released = []
 
+    class Pool:
         def release(self, occupied):
-            self.released.append(occupied)
+            released.append(occupied)
             return 2
 
     def rest(mode: str, seconds: float) -> int:
         select = SelectConfig(strategy="entropy", scores=mode)
-        return Scorekeeper(Pool(), 1.0, store, select, multiple=32).rest(seconds, {"trainer"})
+        return Scorekeeper(Pool(), 1.0, store, select, multiple=32, taken={}).rest(seconds, {"trainer"})
 
     assert [rest("fresh", 59), rest("fresh", 61), rest("byproduct", 61), rest("overlapped", 1e6)] == [
         0,
@@ -104,4 +106,4 @@ def test_scorers_rest_only_when_they_will_be_idle_for_long(store):
         2,
         0,
     ]
-    assert Pool.released == [{"trainer"}] * 2
+    assert released == [{"trainer"}] * 2
