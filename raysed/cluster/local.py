@@ -248,6 +248,14 @@ class LocalCluster:
         )
         return len(self.nodes) - 1
 
+    def drain_node(self, node_id: str, seconds: float) -> None:
+        """Tell Ray that a node will be taken away in so many seconds, as a cloud does of a spot node."""
+        subprocess.run(
+            [_ray(), "drain-node", "--address", self.address, "--node-id", node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION",
+             "--reason-message", "spot", "--deadline-remaining-seconds", str(int(seconds))],
+            env=self.environment, check=True, capture_output=True, timeout=START_SECONDS,
+        )  # fmt: skip
+
     def kill_node(self, number: int) -> None:
         """SIGKILL a node with all its processes."""
         self.nodes[number].kill()
@@ -267,10 +275,14 @@ class LocalCluster:
         with urllib.request.urlopen(request, timeout=10) as answer:
             return json.load(answer)
 
+    def living(self) -> list[str]:
+        """Ids of the living nodes, the head among them."""
+        nodes = self.state("/api/v0/nodes")["data"]["result"]["result"]
+        return [n["node_id"] for n in nodes if n["state"] == "ALIVE"]
+
     def alive(self) -> int:
         """Living nodes, the head among them."""
-        nodes = self.state("/api/v0/nodes")["data"]["result"]["result"]
-        return sum(n["state"] == "ALIVE" for n in nodes)
+        return len(self.living())
 
     def _autoscaling(self) -> list[str]:
         """Ray's autoscaler over processes of this machine: its own provider for tests, the node types of the user."""

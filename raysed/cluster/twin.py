@@ -37,8 +37,10 @@ ACTIVE = ("python", "jobs/active.py", "--preset", "demo", "--workers", "2", "--o
 TWO_NODES = (*ACTIVE, "--cycles", "3")
 ELASTIC = (
     *(*ACTIVE, "--baseline", "false", "--cycles", "8", "--cluster.min-workers", "1", "--cluster.threads", "1"),
-    *("--cluster.commit-every-steps", "2"),
+    *("--select.tiles", "160"),
 )  # fmt: skip
+NOTICE_SECONDS = 30.0
+"""Between the notice that a node will go and its end; AWS gives 120."""
 AUTOSCALED = (
     *(*ACTIVE, "--baseline", "false", "--cycles", "2", "--cluster.device", "cpu", "--cluster.threads", "1"),
     *("--cluster.worker-cpus", "9", "--cluster.reader-cpus", "2", "--scorers", "2"),
@@ -215,32 +217,48 @@ def _speeds(run: str) -> dict[str, float]:
 
 
 def elastic(twin: Twin) -> dict[str, Any]:
-    """One worker; a node joins after two cycles and its processes are killed two cycles after it began to train; every selected tile
-    is visited once a cycle all the same.
+    """One worker; a node joins after two cycles, gets notice that it will go once it has trained for a cycle, and is killed after the
+    commit that the notice leads to, or at the deadline; every selected tile is visited once a cycle all the same.
 
     Raises:
-        ResourcesError: a change was not followed, or the ledger does not verify.
+        ResourcesError: a change was not followed, the notice led to no commit, or the ledger does not verify.
     """
     events: list[dict[str, Any]] = []
     workers, cycles, joined = [0], [0], [0]
+    before = set(twin.cluster.living())
+    committed, resumed = threading.Event(), [0]
 
     def note(what: str) -> None:
         events.append({"second": round(time.time() - twin.began, 1), "what": what})
+
+    def give_notice() -> None:
+        [node] = set(twin.cluster.living()) - before
+        note(f"the node has notice that it will go in {NOTICE_SECONDS:.0f} s")
+        twin.cluster.drain_node(node, NOTICE_SECONDS)
+        if committed.wait(NOTICE_SECONDS):
+            time.sleep(COMMIT_SECONDS)
+        note("the node is killed")
+        twin.cluster.kill_node(2)
 
     def on_line(line: str) -> None:
         if found := re.search(r"(\d+) workers train", line):
             note(f"{found[1]} workers train")
             workers.append(int(found[1]))
             joined[0] = cycles[0]
+        elif "a node will be taken away: committing" in line:
+            note("the run commits inside the cycle")
+            committed.set()
+        elif found := re.search(r"continues after .*step (\d+) of cycle", line):
+            note(f"the run continues after step {found[1]} of the cycle")
+            resumed[0] = int(found[1])
         elif found := re.search(r"\s(\d+)/\d+\s+loss", line):
             cycles[0] = int(found[1])
             note(f"cycle {cycles[0]} is committed")
             if cycles[0] == 2:
                 note("a node joins")
                 threading.Thread(target=twin.cluster.add_node, daemon=True).start()
-            elif workers[-1] == 2 and cycles[0] >= joined[0] + 2 and len(twin.cluster.nodes) == 3:
-                note("the node is killed")
-                twin.cluster.kill_node(2)
+            elif workers[-1] == 2 and cycles[0] == joined[0] + 1 and len(twin.cluster.nodes) == 3:
+                threading.Thread(target=give_notice, daemon=True).start()
 
     twin.follow(*PREPARE)
     twin.follow(*ELASTIC, on_line=on_line)
@@ -250,9 +268,15 @@ def elastic(twin: Twin) -> dict[str, Any]:
         {"cycle": m.cycle, "workers": m.record["workers"], "tiles": m.record["tiles"], "visits": m.record["nodes"]["visit"]}
         for m in ledger.manifests()
     ]  # fmt: skip
-    if workers[1:] != [1, 2, 1] or wrong:
-        raise ResourcesError(f"workers {workers[1:]}, expected 1, 2, 1; ledger: {wrong or 'verifies'}")
+    if workers[1:] != [1, 2, 1] or wrong or not resumed[0]:
+        raise ResourcesError(
+            f"workers {workers[1:]}, expected 1, 2, 1; continued after step {resumed[0]} of a cycle; ledger: {wrong or 'verifies'}"
+        )
     return {"workers": workers[1:], "events": events, "cycles": visits, "ledger": "verifies"}
+
+
+COMMIT_SECONDS = 3.0
+"""For a commit in the background to reach the bucket."""
 
 
 def autoscaled(twin: Twin) -> dict[str, Any]:
