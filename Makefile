@@ -32,7 +32,8 @@ test-all: check
 	$(PYTHON) -m pytest -m "ray or slow"
 
 check: $(READY) lint
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto -m "not ray and not slow"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto -m "not (ray or alone or slow)"
+	$(PYTHON) -m pytest -m "alone and not slow"
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -6,6 +6,7 @@ from raysed.cluster.chaos import Bench, attempt, small_store
 from raysed.cluster.faultproxy import FaultProxy
 from raysed.cluster.faults import FAULTS
 
+pytestmark = pytest.mark.alone
 WALKS = {f"{n} {v}": f for n, vs in FAULTS.items() for v, f in vs.items() if f.kind == "walk"}
 SLOW = ("F22 paused driver",)  # the lease has to run out
 
