@@ -4,7 +4,7 @@ authentication on; a tile store is prepared into the bucket and `ray job submit 
     make twin                two nodes, about four minutes on two cores
     make twin KEEP=1         leaves it up and prints where the dashboard and TensorBoard are
     make twin DISK=1         then the same run from and to disk, and the tiles a second of both
-    make twin ELASTIC=1      one worker; a node joins and is killed while it trains
+    make twin ELASTIC=1      one worker; a node joins, has notice and is killed while it trains
     make twin AUTOSCALE=1    the node types of cluster.yaml as local processes, started and ended by Ray's autoscaler
 
 Needs the extra `local`. What it starts it stops, by process id; what the run left is copied to runs/twin*.

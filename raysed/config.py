@@ -162,7 +162,7 @@ class SelectConfig:
     refresh: float = 0.1
     """Share of the pool, the oldest scores first, that scorers renew before each cycle when scores are byproduct."""
     side: Literal["auto", "full", "half"] = "auto"
-    """Side at which scorers look at tiles: half costs a quarter and ranks nearly alike; auto is half when scores are byproduct and
+    """Side at which scorers look at tiles: half costs about a third; auto is half when scores are byproduct and
     full otherwise.  Where half is less than the network takes, it is full."""
     reference: str | None = None
     """Run whose newest weights say what loss of a tile training cannot take away, for reducible-loss and defensive-reducible; of

@@ -192,7 +192,7 @@ def _trainer(experiment: Experiment, setup: Setup) -> TorchTrainer:
 
     workers: Any = (cluster.fewest, cluster.workers) if cluster.min_workers else cluster.workers
     return TorchTrainer(
-        work,  # holds the setup: Ray's controller would open a `train_loop_config`, and import torch for it
+        work,  # holds the setup: Ray's controller would open a `train_loop_config`, and import the networks' libraries
         scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]  # Ray's hints are those of its old Train
             num_workers=workers,
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,

@@ -214,7 +214,7 @@ class ScorerPool:
         until = time.monotonic() + patience
         asked: dict[Any, ActorHandle] = {s.node.remote(): s for s in self.scorers if s}
         self._nodes = {}
-        ended: list[ActorHandle] = []
+        replaced = 0
         while asked:
             answered, _ = ray.wait(list(asked), num_returns=1, timeout=max(0.0, until - time.monotonic()))
             if not answered:
@@ -224,8 +224,8 @@ class ScorerPool:
                 self._nodes[scorer] = ray.get(answered[0])
             except ray.exceptions.ActorDiedError:
                 # given back by the worker whose place this one has taken
-                if len(ended) < len(self.scorers):
-                    ended.append(scorer)
+                if replaced < len(self.scorers):
+                    replaced += 1
                     fresh = self._made()
                     self.scorers[self.scorers.index(scorer)] = fresh
                     asked[fresh.node.remote()] = fresh

@@ -41,6 +41,8 @@ ELASTIC = (
 )  # fmt: skip
 NOTICE_SECONDS = 30.0
 """Between the notice that a node will go and its end; AWS gives 120."""
+COMMIT_SECONDS = 3.0
+"""For a commit in the background to reach the bucket."""
 AUTOSCALED = (
     *(*ACTIVE, "--baseline", "false", "--cycles", "2", "--cluster.device", "cpu", "--cluster.threads", "1"),
     *("--cluster.worker-cpus", "9", "--cluster.reader-cpus", "2", "--scorers", "2"),
@@ -273,10 +275,6 @@ def elastic(twin: Twin) -> dict[str, Any]:
             f"workers {workers[1:]}, expected 1, 2, 1; continued after step {resumed[0]} of a cycle; ledger: {wrong or 'verifies'}"
         )
     return {"workers": workers[1:], "events": events, "cycles": visits, "ledger": "verifies"}
-
-
-COMMIT_SECONDS = 3.0
-"""For a commit in the background to reach the bucket."""
 
 
 def autoscaled(twin: Twin) -> dict[str, Any]:
