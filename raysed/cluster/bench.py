@@ -1,8 +1,8 @@
 """Benchmarks: every figure a ratio measured in one run on the same cores, the two sides alternating.
 
 A row measures both sides in turn and keeps the ratio of each repetition; the value is their median with a bootstrap interval of
-95 %, and a goal counts as met only by the interval's worse end.  What takes minutes, a run of the system or a rival's training, is
-measured in rounds, every side once a round, before the rows that compare it.  The rivals are the tuned plain PyTorch a user
+95 %, and a goal counts as met only by the interval's worse end.  Runs of the system that are compared stand on the cluster side by
+side and take a cycle in turn, so that a machine whose speed drifts slows both.  The rivals are the tuned plain PyTorch a user
 would write.
 """
 
@@ -30,7 +30,7 @@ import pyarrow.compute as pc
 import torch
 
 from raysed.cluster.connect import connect
-from raysed.cluster.launch import launch
+from raysed.cluster.launch import Stepper
 from raysed.cluster.local import ObjectServer
 from raysed.cluster.mapper import BATCH, Settings
 from raysed.cluster.predict import predict
@@ -56,10 +56,8 @@ CPU = torch.device("cpu")
 ARCH = "efficientunet-b0"
 TILES = 96
 """A cycle, in rows that train."""
-CYCLES = 5
+CYCLES = 7
 """Of a run, in rows that train; the first is cold and left out."""
-ROUNDS = 2
-"""Of everything that is measured in rounds."""
 BOOTSTRAP = 2000
 
 
@@ -146,10 +144,10 @@ class Bench:
     server: ObjectServer
 
     def __post_init__(self) -> None:
-        self.rounds: dict[str, list[Any]] = {}
-        """What is measured in rounds, by name."""
-        self.rival: tuple[str, Any] | None = None
-        """The best DataLoader setting of the plain training loop, and the loader."""
+        self.turns: dict[str, list[Any]] = {}
+        """What is measured in turn, by name, and what it gave in each turn."""
+        self.rival: tuple[Callable[[Any], None], str, Any] | None = None
+        """The plain training loop, its best DataLoader setting, and the loader."""
         self.controller_gib = 0.0
         """Peak of the controller row of most tiles."""
         self.ids = sorted(self.store.split("train")["tile_id"].to_pylist())
@@ -157,27 +155,35 @@ class Bench:
         self.side = self.store.dataset.tile_size
         self.alpha = class_weights(np.array(self.store.dataset.pixels["train"][1:]), 0.5)
 
-    def take_turns(self, names: Sequence[str]) -> None:
-        """Measure each once a round."""
-        for k in range(ROUNDS):
-            for name in names:
-                self.rounds.setdefault(name, []).append(TURNS[name](self, k))
+    def take_turns(self, group: Sequence[str]) -> None:
+        """Measure each of a group once a turn; runs of the system take a cycle, and the first turn does not count."""
+        runs = {
+            name: Stepper(self._experiment(name), 0, say=lambda _: None) for name in group if name in RUNS
+        }
+        try:
+            for turn in range(CYCLES):
+                for name in group:
+                    found = runs[name].step(turn).record if name in runs else TURNS[name](self)
+                    if turn:
+                        self.turns.setdefault(name, []).append(found)
+        finally:
+            for run in runs.values():
+                run.stop()
 
-    def cycles(self, name: str) -> list[dict[str, Any]]:
-        """Records of the warm cycles of a run of the system, over all rounds."""
-        return [record for records in self.rounds[name] for record in records]
+    def run(self, name: str) -> Path:
+        """Run directory of a run of the system."""
+        return self.folder / name.replace(" ", "-")
 
-    def launched(self, run: Path, select: SelectConfig | None = None, **cluster: Any) -> list[dict[str, Any]]:
-        """Records of the warm cycles of a new run."""
-        base = Experiment(run=str(run), cycles=CYCLES, optim=OptimConfig(lr=1e-3, micro_batch=8))
-        experiment = replace(
+    def _experiment(self, name: str) -> Experiment:
+        fields = dict(RUNS[name])
+        select = fields.pop("select", SelectConfig())
+        base = Experiment(run=str(self.run(name)), cycles=CYCLES, optim=OptimConfig(lr=1e-3, micro_batch=8))
+        return replace(
             base,
             data=replace(base.data, uri=self.store.storage.uri),
-            select=replace(select or SelectConfig(), tiles=TILES),
-            cluster=ClusterConfig(**cluster),
+            select=replace(select, tiles=TILES),
+            cluster=ClusterConfig(worker_cpus=SHARE, **fields),
         )
-        launch(experiment, say=lambda _: None)
-        return [m.record for m in Ledger(Storage(str(run))).manifests()[1:]]
 
     @contextmanager
     def in_bucket(self) -> Iterator[Store]:
@@ -329,22 +335,20 @@ def plain_loop(bench: Bench) -> Callable[[Any], None]:
     return loop
 
 
-def plain_turn(bench: Bench, _: int) -> tuple[str, list[float]]:
-    """The setting of the rival, and its seconds for the tiles of a cycle, as often as a run has warm cycles."""
-    loop = plain_loop(bench)
+def plain_turn(bench: Bench) -> float:
+    """Seconds of the rival for the tiles of a cycle."""
     if bench.rival is None:
-        bench.rival = best_loader(bench.store, bench.ids[:TILES], loop)
-    name, loader = bench.rival
-    loop(loader)
-    return name, [timed(lambda: loop(loader)) for _ in range(CYCLES - 1)]
+        loop = plain_loop(bench)
+        bench.rival = (loop, *best_loader(bench.store, bench.ids[:TILES], loop))
+    loop, _, loader = bench.rival
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    return timed(lambda: loop(loader))
 
 
 def training_over_plain(bench: Bench) -> Row:
-    rivals = bench.rounds["plain loop"]
-    both = zip(bench.cycles("passive"), (s for _, seconds in rivals for s in seconds), strict=True)
-    return row(
-        "training / plain loop", [s / _training(r) for r, s in both], [f"rival: {n}" for n, _ in rivals]
-    )
+    both = zip(bench.turns["passive"], bench.turns["plain loop"], strict=True)
+    assert bench.rival is not None
+    return row("training / plain loop", [s / _training(r) for r, s in both], [f"rival: {bench.rival[1]}"])
 
 
 def _training(record: dict[str, Any]) -> float:
@@ -353,9 +357,7 @@ def _training(record: dict[str, Any]) -> float:
 
 
 def stall(bench: Bench) -> Row:
-    return row(
-        "stall", [100 * r["seconds"]["stall"] / r["seconds"]["train"] for r in bench.cycles("passive")]
-    )
+    return row("stall", [100 * r["seconds"]["stall"] / r["seconds"]["train"] for r in bench.turns["passive"]])
 
 
 def fixed_seconds(bench: Bench) -> Row:
@@ -363,18 +365,18 @@ def fixed_seconds(bench: Bench) -> Row:
         "fixed seconds",
         [
             r["seconds"]["total"] - r["seconds"]["train"] - r["seconds"]["evaluate"]
-            for r in bench.cycles("passive")
+            for r in bench.turns["passive"]
         ],
     )
 
 
 def commit(bench: Bench) -> Row:
     return row(
-        "commit", [100 * r["seconds"]["commit"] / r["seconds"]["train"] for r in bench.cycles("passive")]
+        "commit", [100 * r["seconds"]["commit"] / r["seconds"]["train"] for r in bench.turns["passive"]]
     )
 
 
-def bare_turn(bench: Bench, _: int) -> float:
+def bare_turn(bench: Bench) -> float:
     """Ratio of an active cycle to a passive one by the bare costs of a tile."""
     threads = len(os.sched_getaffinity(0))
     step, score, validate = bare_costs(bench, threads)
@@ -386,16 +388,14 @@ def bare_turn(bench: Bench, _: int) -> float:
 
 
 def active_over_passive(bench: Bench) -> Row:
-    predicted = bench.rounds["bare costs"]
-    ratios = _totals(bench, "active", "passive")
-    over = [r / p for r, p in zip(ratios, np.repeat(predicted, CYCLES - 1), strict=True)]
-    told = f"predicted {', '.join(f'{p:.3f}' for p in predicted)}, measured {np.median(ratios):.3f}"
-    return row("active / passive", over, [told])
+    predicted, ratios = bench.turns["bare costs"], _totals(bench, "active", "passive beside")
+    told = f"predicted {np.median(predicted):.3f}, measured {np.median(ratios):.3f}"
+    return row("active / passive", [r / p for r, p in zip(ratios, predicted, strict=True)], [told])
 
 
 def _totals(bench: Bench, one: str, other: str, more: float = 0.0) -> list[float]:
-    """Seconds of the cycles of one kind of run, and some more, over those of another."""
-    both = zip(bench.cycles(one), bench.cycles(other), strict=True)
+    """Seconds of the cycles of one run, and some more, over those of another."""
+    both = zip(bench.turns[one], bench.turns[other], strict=True)
     return [(a["seconds"]["total"] + more) / b["seconds"]["total"] for a, b in both]
 
 
@@ -404,11 +404,9 @@ SPREAD = 30
 
 
 def byproduct_over_passive(bench: Bench) -> Row:
-    first = max(
-        Ledger(Storage(str(bench.folder / f"by-product-{k}"))).manifests()[0].record["seconds"]["score"]
-        for k in range(ROUNDS)
-    )
-    ratios = _totals(bench, "by-product", "passive", first / SPREAD)
+    ledger = Ledger(Storage(str(bench.run("by-product"))))
+    first = ledger.manifests()[0].record["seconds"]["score"]
+    ratios = _totals(bench, "by-product", "passive beside", first / SPREAD)
     return row("by-product / passive", ratios, [f"first scoring {first:.1f} s"])
 
 
@@ -417,7 +415,7 @@ def overlapped_over_passive(bench: Bench) -> Row:
 
 
 def two_workers(bench: Bench) -> Row:
-    both = list(zip(bench.cycles("passive, one thread"), bench.cycles("two workers"), strict=True))
+    both = list(zip(bench.turns["passive, one thread"], bench.turns["two workers"], strict=True))
     with tempfile.TemporaryDirectory() as folder:
         size = sum(p.numel() for p in bench.learner().parameters.values())
         torch.multiprocessing.spawn(all_reduce, (folder, size), nprocs=2)
@@ -466,7 +464,7 @@ MAPPED_BLOCK = 1440
 
 
 def predict_over_bare(bench: Bench) -> Row:
-    model = of_run(str(bench.folder / "passive-0"))
+    model = of_run(str(bench.run("passive")))
     settings = Settings(block=MAPPED_BLOCK**2)
     cores = len(os.sched_getaffinity(0))
     short, long = (_scene(bench, cores * n) for n in (1, 3))
@@ -715,37 +713,41 @@ def latency(bench: Bench) -> Row:
     return row("latency", times[ARCH], [{k: round(float(np.median(v)), 1) for k, v in times.items()}])
 
 
-def _run_of(name: str, **fields: Any) -> Callable[[Bench, int], list[dict[str, Any]]]:
-    return lambda bench, k: bench.launched(bench.folder / f"{name}-{k}", **fields)
-
-
-TURNS: dict[str, Callable[[Bench, int], Any]] = {
-    "passive": _run_of("passive"),
-    "plain loop": plain_turn,
-    "bare costs": bare_turn,
-    "active": _run_of("active", select=SelectConfig(strategy="entropy")),
-    "by-product": _run_of("by-product", select=SelectConfig(strategy="entropy", scores="byproduct")),
-    "passive, one thread": _run_of("one-thread", threads=1, scorers=1),
-    "overlapped": _run_of(
-        "overlapped",
-        select=SelectConfig(strategy="entropy", scores="overlapped", side="half"),
-        threads=1,
-        scorers=1,
-    ),
-    "two workers": _run_of("two-workers", threads=1, workers=2),
+SHARE = 0.2
+"""CPUs that Ray reserves for a training worker, so that runs can stand side by side."""
+RUNS: dict[str, dict[str, Any]] = {
+    "passive": {},
+    "passive beside": {},
+    "active": {"select": SelectConfig(strategy="entropy")},
+    "by-product": {"select": SelectConfig(strategy="entropy", scores="byproduct")},
+    "passive, one thread": {"threads": 1},
+    "overlapped": {
+        "select": SelectConfig(strategy="entropy", scores="overlapped", side="half"),
+        "threads": 1,
+        "scorers": 1,
+    },
+    "two workers": {"threads": 1, "workers": 2},
 }
-"""What is measured in rounds."""
+"""Runs of the system: how they differ from a passive one with all cores."""
+TURNS: dict[str, Callable[[Bench], float]] = {"plain loop": plain_turn, "bare costs": bare_turn}
+"""What else takes turns with them."""
+GROUPS = (
+    ("passive", "plain loop"),
+    ("passive beside", "active", "by-product", "bare costs"),
+    ("passive, one thread", "overlapped", "two workers"),
+)
+"""What takes turns with what; idle runs take a few per cent of a core each, so no more stand side by side than are compared."""
 
 NEEDS = {
-    "training / plain loop": ("passive", "plain loop"),
-    "stall": ("passive",),
-    "fixed seconds": ("passive",),
-    "commit": ("passive",),
-    "active / passive": ("passive", "active", "bare costs"),
-    "by-product / passive": ("passive", "by-product"),
-    "overlapped / passive": ("passive, one thread", "overlapped"),
-    "two workers / one": ("passive, one thread", "two workers"),
-    "predict / bare forward": ("passive",),
+    "training / plain loop": {"passive", "plain loop"},
+    "stall": {"passive"},
+    "fixed seconds": {"passive"},
+    "commit": {"passive"},
+    "active / passive": {"passive beside", "active", "bare costs"},
+    "by-product / passive": {"passive beside", "by-product"},
+    "overlapped / passive": {"passive, one thread", "overlapped"},
+    "two workers / one": {"passive, one thread", "two workers"},
+    "predict / bare forward": {"passive"},
 }
 """The turns that a row compares."""
 
@@ -784,7 +786,9 @@ def run_rows(names: Sequence[str], store: Store, say: Callable[[str], None]) -> 
         connect()
         bench = Bench(store, Path(folder), server)
         wanted = {turn for name in names for turn in NEEDS.get(name, ())}
-        bench.take_turns([turn for turn in TURNS if turn in wanted])
+        for group in GROUPS:
+            if taking := [turn for turn in group if turn in wanted]:
+                bench.take_turns(taking)
         for name in names:
             began = time.monotonic()
             found = ROWS[name](bench)

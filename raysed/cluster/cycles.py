@@ -326,7 +326,7 @@ class Worker:
         train = self._train(opened, order)
         self._at("evaluate", cycle)
         with clock.phase("evaluate"):
-            val, read = self._evaluate()
+            val, read, found = self._evaluate()
         self._check(cycle, train, val)
         if self.rank == 0:
             began = time.perf_counter()
@@ -344,7 +344,7 @@ class Worker:
                 files["sources.parquet"] = table_bytes(source_table(self.sources, self.by_source))
             pictures = None
             if cycle % EXAMPLES_EVERY == 0 or cycle == self.exp.cycles - 1:
-                pictures = self._pictured()
+                pictures = self._pictured(found)
             scores = opened.scores
             record = {
                 "strategy": self.exp.select.strategy,
@@ -677,8 +677,8 @@ class Worker:
             return np.zeros((1, side, side, 3), np.uint8), np.zeros((1, side, side), np.uint8)
         return np.stack([r.image for r in rows]), np.stack([r.label for r in rows])
 
-    def _evaluate(self) -> tuple[dict[str, Any], Counter[str]]:
-        """Metrics on the validation tiles, and how many of them each node has read for it."""
+    def _evaluate(self) -> tuple[dict[str, Any], Counter[str], torch.Tensor | None]:
+        """Metrics on the validation tiles, how many of them each node has read for it, and the classes found in the first."""
         nodes: Counter[str] = Counter()
         if self.validation_rows is not None:
             totals = self._totals(self.validation_rows)
@@ -698,27 +698,34 @@ class Worker:
         loss, pixels, soft, count = totals.sums.tolist()
         self.by_source = totals.counts.cpu().numpy()
         counts = self.by_source.sum(0)
-        return {
-            "loss": loss / max(pixels, 1),
-            "soft_iou": soft / max(count, 1),
-            "tiles": len(self.validation),
-            **metrics.scores(counts, self.names),
-            "counts": counts.tolist(),
-        }, nodes
+        return (
+            {
+                "loss": loss / max(pixels, 1),
+                "soft_iou": soft / max(count, 1),
+                "tiles": len(self.validation),
+                **metrics.scores(counts, self.names),
+                "counts": counts.tolist(),
+            },
+            nodes,
+            totals.first,
+        )
 
     def _totals(self, batches: Iterable[list[Row]]) -> Totals:
         def arrays() -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-            for rows in batches:
-                self.examples = self.examples or rows[:EXAMPLES]
+            for number, rows in enumerate(batches):
+                if number == 0:
+                    self.examples = rows[:EXAMPLES]
                 sources = torch.tensor([self.source_of[r.position] for r in rows], device=self.device)
                 yield (*to_device(*self._arrays(rows), self.device), sources)
 
         return self.learner.evaluate(arrays(), len(self.sources))
 
-    def _pictured(self) -> np.ndarray:
+    def _pictured(self, found: torch.Tensor | None) -> np.ndarray | None:
         """A few validation tiles as a picture, one a row: image, label, prediction."""
+        if found is None or not self.examples:
+            return None
         images, labels = self._arrays(self.examples)
-        guess = self.learner.predict(to_device(images, labels, self.device)[0]).numpy()
+        guess = found[:EXAMPLES].cpu().numpy()
         colors = np.zeros((256, 3), np.uint8)
         colors[: len(self.names)] = palette(self.store.dataset.classes)
         rows = [

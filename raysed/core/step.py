@@ -70,6 +70,8 @@ class Totals:
     """(G, C, C) int64 confusion counts of each group of tiles."""
     sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
     """Focal loss, known pixels, soft IoU, batches."""
+    first: Tensor | None = None
+    """(B, H, W) uint8 classes found in this rank's first batch."""
 
 
 @dataclass(frozen=True)
@@ -305,7 +307,10 @@ class Learner:
             sums += torch.stack(
                 [loss.double(), known.double(), soft.double(), torch.ones_like(loss).double()]
             )
-            totals.counts += grouped_confusion(logits.argmax(1), target, classes, group, groups)
+            found = logits.argmax(1)
+            totals.counts += grouped_confusion(found, target, classes, group, groups)
+            if totals.first is None:
+                totals.first = found.to(torch.uint8)
         if self.workers > 1:
             dist.all_reduce(totals.counts)
             dist.all_reduce(sums)

@@ -14,23 +14,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raysed.core.pool import Selection
-from raysed.core.tiles import LandClass, label_lookup, pixel_counts
+from raysed.core.tiles import label_lookup, pixel_counts
 from raysed.errors import DataError, WaitingForLabels
-from raysed.io import codec, store
+from raysed.io import codec, store, studio
 from raysed.io.ledger import table_bytes
 from raysed.io.sources import corners
 from raysed.io.storage import Storage
 from raysed.io.store import Dataset, Store, Tile, read_tiles
 
-IMAGE, LABEL = "image", "label"
-"""Names of the tags in Label Studio's configuration."""
 LABELLED = "labelled"
 """Folder of the run that is a tile store of the labels that have come."""
 
@@ -65,8 +62,8 @@ def ask(run: Storage, request: Request, picks: Selection, tiles: Store, scores: 
         folder.write("scores.parquet", table_bytes(scores))
     folder.write("picks.csv", _csv(rows, picks).encode())
     folder.write("picks.geojson", json.dumps(geojson(rows, dataset.tile_size), indent=1).encode())
-    folder.write("label-studio.json", json.dumps(_tasks(picks), indent=1).encode())
-    folder.write("label-studio.xml", _studio_config(dataset.classes).encode())
+    folder.write("label-studio.json", studio.tasks(picks))
+    folder.write("label-studio.xml", studio.configuration(dataset.classes))
     folder.write("request.json", (json.dumps(asdict(request), indent=1) + "\n").encode())
 
 
@@ -84,7 +81,7 @@ def read_labels(folder: Storage, ids: Sequence[str], dataset: Dataset) -> dict[s
     """The stored labels (0 void, 1..C) of those tiles that have come.
 
     `<tile_id>.png` holds the data set's own class codes; a `.json` file is a Label Studio export whose tasks carry `tile_id`, with
-    polygons, or one choice for the whole tile.  A PNG goes before an export; pixels that no polygon covers are void.
+    polygons, brush masks, or one choice for the whole tile.  A PNG goes before an export; pixels that no region covers are void.
 
     Raises:
         DataError: a label that is unreadable, of another size or with a code or class that the data set does not have.
@@ -93,10 +90,10 @@ def read_labels(folder: Storage, ids: Sequence[str], dataset: Dataset) -> dict[s
     lookup = label_lookup(dataset.classes, dataset.ignore)
     found: dict[str, np.ndarray] = {}
     for path in sorted(p for p in there if p.endswith(".json") and "/" not in p):
-        for tile_id, results in _annotations(folder, path):
+        for tile_id, regions in studio.annotations(folder, path):
             if tile_id in ids:
                 where = f"{folder.uri}/{path}, tile {tile_id}"
-                found[tile_id] = _drawn(results, dataset, where)
+                found[tile_id] = studio.drawn(regions, dataset, where)
     for tile_id in ids:
         name = f"{tile_id}.png"
         if name not in there:
@@ -184,60 +181,3 @@ def geojson(rows: Sequence[dict[str, Any]], side: int) -> dict[str, Any]:
         properties = {k: row[k] for k in ("tile_id", "region", "source", "row", "col")}
         features.append({"type": "Feature", "geometry": shape, "properties": properties})
     return {"type": "FeatureCollection", "features": features}
-
-
-def _tasks(picks: Selection) -> list[dict[str, Any]]:
-    return [
-        {"data": {IMAGE: f"images/{t}.png", "tile_id": t, "reason": reason}}
-        for t, reason in zip(picks.tile_ids, picks.reasons, strict=True)
-    ]
-
-
-def _studio_config(classes: tuple[LandClass, ...]) -> str:
-    from xml.sax.saxutils import quoteattr
-
-    labels = "\n".join(
-        f"    <Label value={quoteattr(c.name)} background={quoteattr(c.color)}/>" for c in classes
-    )
-    return (
-        f'<View>\n  <Image name="{IMAGE}" value="${IMAGE}"/>\n  <PolygonLabels name="{LABEL}" toName="{IMAGE}">\n{labels}\n'
-        "  </PolygonLabels>\n</View>\n"
-    )
-
-
-def _annotations(folder: Storage, path: str) -> list[tuple[str, list[dict[str, Any]]]]:
-    """(tile_id, results of the last annotation that was not cancelled) of each task that has one."""
-    where, found = f"{folder.uri}/{path}", []
-    try:
-        for task in json.loads(folder.read(path)):
-            kept = [a for a in task.get("annotations", []) if not a.get("was_cancelled")]
-            if kept:
-                found.append((task["data"]["tile_id"], kept[-1]["result"]))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{where} is not a Label Studio export in JSON with tile_id in data ({error!r})"
-        ) from error
-    return found
-
-
-def _drawn(results: list[dict[str, Any]], dataset: Dataset, where: str) -> np.ndarray:
-    """(side, side) uint8 stored label; later regions are drawn over earlier ones."""
-    side = dataset.tile_size
-    number = {c.name: k for k, c in enumerate(dataset.classes, start=1)}
-    label = np.zeros((side, side), np.uint8)
-    for region in results:
-        kind = region.get("type")
-        if kind not in ("polygonlabels", "choices"):
-            raise DataError(
-                f"{where}: a region of type {kind!r}; polygons and one choice a tile are read, masks as PNG files"
-            )
-        names = region["value"][kind]
-        if len(names) != 1 or names[0] not in number:
-            raise DataError(f"{where}: class {names}, the data set has {', '.join(number)}")
-        if kind == "choices":
-            label[:] = number[names[0]]
-            continue
-        points = np.array(region["value"]["points"], float) * side / 100
-        shifted = np.rint((points - 0.5) * 16).astype(np.int32)  # pixel centres, with four bits of fraction
-        cv2.fillPoly(label, [shifted], number[names[0]], shift=4)
-    return label
