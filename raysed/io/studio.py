@@ -106,9 +106,8 @@ def _draw(region: dict[str, Any], label: np.ndarray, numbers: dict[str, int]) ->
         points = np.array(value["points"], float)
         if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all():
             raise ValueError("points that are no list of x and y")
-        shifted = np.rint((points * side / 100 - 0.5) * 16).astype(
-            np.int32
-        )  # pixel centres, four bits of fraction
+        centres = points * side / 100 - 0.5
+        shifted = np.rint(centres * 16).astype(np.int32)  # with four bits of fraction
         cv2.fillPoly(label, [shifted], number, shift=4)
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow as pa
@@ -68,7 +69,9 @@ def test_a_request_holds_all_that_people_and_the_replay_need(tiles, tmp_path):
     ]
     tasks = json.loads(folder.read("label-studio.json"))
     assert tasks[0]["data"] == {"image": "images/t2.png", "tile_id": "t2", "reason": "entropy 2"}
-    assert b'value="road &amp; rail"' in folder.read("label-studio.xml")
+    tools = ElementTree.fromstring(folder.read("label-studio.xml"))
+    assert [t.tag for t in tools] == ["Image", "PolygonLabels", "BrushLabels"]
+    assert [[c.get("value") for c in t] for t in tools[1:]] == [["road & rail", "water"]] * 2
     nowhere, place = json.loads(folder.read("picks.geojson"))["features"]
     assert nowhere["geometry"] is None
     ring = place["geometry"]["coordinates"][0]
@@ -132,8 +135,8 @@ def test_a_label_studio_export_is_drawn_in_its_order(tiles, labels):
         ("t0.png", png(np.zeros((8, 8))), r"t0.png: its header says 8 x 8, the store holds 32 x 32"),
         ("t0.png", b"GIF89a", r"t0.png: stored label is not PNG"),
         ("e.json", b"[{]", r"e.json is not a Label Studio export"),
-        ("e.json", export(("t0", [polygon("lava", [[0, 0], [9, 0], [9, 9]])])), r"e.json, tile t0: class \['lava'\]"),
-        ("e.json", export(("t0", [{"type": "brushlabels", "value": {}}])), r"tile t0: a region of type 'brushlabels'"),
+        ("e.json", export(("t0", [polygon("lava", [[0, 0], [9, 0], [9, 9]])])), r"e.json, tile t0, region 1: class \['lava'\]"),
+        ("e.json", export(("t0", [{"type": "keypointlabels", "value": {}}])), r"tile t0, region 1: type 'keypointlabels'"),
     ],
 )  # fmt: skip
 def test_labels_that_cannot_be_used_are_named(tiles, labels, name, data, text):
