@@ -7,8 +7,9 @@
 
 An arm is a strategy with fields of its own after colons; `ceiling` trains on all tiles in every cycle.  All other fields hold for
 all arms.  Runs of a seed start from the same weights, take tiles in orders and augmentations of the same keys and are validated on
-the same tiles.  They run one after the other, all arms of a seed first.  Every run leaves a small file in --results; the same command again skips what is
-finished and continues a broken run.  Cost: arms x seeds times one run of jobs/train.py; --dry-run reckons it.
+the same tiles.  As many run at once as find room, all arms of a seed first; on CPUs a run without --cluster.threads has its node for
+itself.  Every run leaves a small file in --results; the same command again skips what is finished and continues a broken run.
+Cost: arms x seeds times one run of jobs/train.py; --dry-run reckons it.
 """
 
 from collections.abc import Sequence

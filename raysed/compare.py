@@ -1,14 +1,14 @@
-"""The paper's comparison: its five runs one after the other, then tables and figures of all of them."""
+"""The paper's comparison: its five runs, then tables and figures of all of them."""
 
 import argparse
 import os
 from collections.abc import Iterable, Iterator, Sequence
 
 from raysed import cli
+from raysed.cluster.abreast import carry_out_all
 from raysed.cluster.estimate import dry_run
-from raysed.cluster.launch import launch
 from raysed.config import Experiment, with_overrides
-from raysed.errors import EXIT_INTERRUPTED, DivergedError, UsageError
+from raysed.errors import EXIT_INTERRUPTED, UsageError
 from raysed.experiments import COMPARED
 from raysed.io.ledger import Ledger
 from raysed.io.storage import Storage
@@ -59,7 +59,7 @@ def run_all(
     *,
     evidence: bool = False,
 ) -> int:
-    """Do the runs of a series that are left, one after the other, and renew the result file of each.
+    """Do the runs of a series that are left, as many at once as find room, and renew the result file of each.
 
     Args:
         runs: name, as in the file's, and experiment.
@@ -69,29 +69,26 @@ def run_all(
         evidence: the result files hold counts of source images instead of robustness.
 
     Returns:
-        0; the exit code of the last run that diverged; or that of the signal which ended the series.
+        0; the exit code of a run that diverged; or that of the signal which ended the series.
     """
-    code = 0
+    left = []
     for name, experiment in runs:
         label = runfile.file_of(name, experiment.seed)
         if is_finished(results, label, experiment, store, last="sources" if evidence else "robustness"):
             say(f"{label}: finished")
-            continue
-        if args.dry_run:
+        elif args.dry_run:
             say(f"\n{name}, seed {experiment.seed}")
             dry_run(experiment, tiles_per_second=args.tiles_per_second, price=args.price, say=say)
-            continue
-        say(f"\n{name}, seed {experiment.seed}: {experiment.run}")
-        try:
-            code = launch(experiment, say=say, hold=os.environ.get("RAYSED_HOLD")) or code
-        except DivergedError as error:
-            say(f"{name}, seed {experiment.seed}, goes no further: {error}")
-            code = error.exit_code
+        else:
+            left.append((name, experiment))
+
+    def ended(number: int) -> None:
+        name, experiment = left[number]
         found = runfile.collect(Storage(str(experiment.run)), name, experiment.seed, store, evidence=evidence)
         results.write(found.path, found.to_bytes())
-        if code in EXIT_INTERRUPTED.values():
-            break
-    return code
+
+    named = [(f"{name}, seed {experiment.seed}", experiment) for name, experiment in left]
+    return carry_out_all(named, say=say, ended=ended, hold=os.environ.get("RAYSED_HOLD")) if left else 0
 
 
 def plan(

@@ -235,7 +235,7 @@ class ClusterConfig:
     scorer_gpus: float = 0.25
     """Share of a GPU for a scorer."""
     threads: int | None = None
-    """Torch threads of a worker; none means the node's CPUs divided by its workers."""
+    """Torch threads of a worker, and most of a scorer; none means the node's CPUs divided by its workers, or its scorers."""
     cache_gib: float = 2.0
     """Memory a scorer, and a worker for validation, may use for decoded tiles, GiB."""
     chunk: int = 256

@@ -5,8 +5,8 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -176,7 +176,8 @@ def _scorers(experiment: Experiment, store: Store, device: str, count: int) -> S
     network = Network(experiment.model.arch, len(store.dataset.classes), experiment.optim.precision, device)
     make = network, store.storage.uri, store.dataset.tile_size, int(cluster.cache_gib * 2**30)
     asked = cluster.scorer(device)
-    return ScorerPool(count, make, {"num_cpus": asked["CPU"], "num_gpus": asked.get("GPU", 0)})
+    options = {"num_cpus": asked["CPU"], "num_gpus": asked.get("GPU", 0)}
+    return ScorerPool(count, make, options, threads=cluster.threads)
 
 
 def _trainer(experiment: Experiment, setup: Setup) -> TorchTrainer:
@@ -319,19 +320,43 @@ class Stopper:
         self.monitor.allow.remote(None, stop=True)
 
 
+@contextmanager
+def signals_noted(caught: list[int]) -> Iterator[None]:
+    """While this is open, the first Ctrl-C or SIGTERM is appended, and the next one ends the job at once."""
+
+    def note(number: int, _: Any) -> None:
+        if caught:
+            raise SystemExit(errors.EXIT_INTERRUPTED[number])
+        caught.append(number)
+
+    before = {n: signal.signal(n, note) for n in errors.EXIT_INTERRUPTED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Stepper:
     """Runs an experiment in a thread and hands out its cycles one by one: no cycle begins before it is asked for, so that a run
     that is stopped between two cycles has done nothing in vain and gives the cluster back at once.
 
     Args:
         experiment: with `run` and `data.uri` set.
-        cycle: the first one that will be asked for.
+        cycle: the first one that will be asked for; None lets all of them run.
         say: prints a line.
+        hold: as for `launch`.
     """
 
     caught = 0
 
-    def __init__(self, experiment: Experiment, cycle: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        cycle: int | None,
+        say: Callable[[str], None],
+        hold: str | None = None,
+    ) -> None:
         self.allowed: int | None = cycle
         self._monitor: ActorHandle | None = None
         self._changed = threading.Condition()
@@ -341,7 +366,7 @@ class Stepper:
 
         def work() -> None:
             try:
-                carry_out(experiment, self, say=say)
+                carry_out(experiment, self, say=say, hold=hold)
                 error = None
             except BaseException as raised:  # handed to whoever asks for the next cycle
                 error = raised
@@ -356,7 +381,7 @@ class Stepper:
         return self
 
     def arm(self) -> None:
-        """Signals belong to the sweep."""
+        """Signals belong to whoever has several runs."""
 
     def __exit__(self, *_: object) -> None:
         pass
@@ -387,12 +412,26 @@ class Stepper:
                 return self._last
         raise self._ended[0] or RaysedError(f"{cycle} cycles are committed and the run has ended")
 
-    def stop(self) -> None:
-        """End the run after the cycle that is running, if one is, and wait until its actors are gone."""
+    def end(self) -> None:
+        """Let the run end after the cycle that is running, if one is."""
         with self._changed:
-            self._stopping = True
-            self._tell()
+            if not self._stopping:
+                self._stopping = True
+                self._tell()
+
+    def stop(self) -> None:
+        """`end`, and wait until its actors are gone."""
+        self.end()
         self._thread.join()
+
+    def over(self) -> bool:
+        """Whether the run has ended and its actors are gone."""
+        return not self._thread.is_alive()
+
+    @property
+    def error(self) -> BaseException | None:
+        """What ended the run, if not its last cycle or `end`."""
+        return self._ended[0] if self._ended else None
 
     def _tell(self) -> None:
         if self._monitor and not self._ended:

@@ -417,6 +417,7 @@ def _cut(
                 "crs": pixels.crs,
                 "transform": pixels.transform and _moved(pixels.transform, row * side, col * side, scale),
                 "scale": scale,
+                "ambiguous": pixels.ambiguity(row * tile, col * tile, tile),
                 "image": codec.encode_image(tiles.resize_image(image, side, side)),
                 "label": None if stored is None else codec.encode_label(stored),
             }
@@ -444,6 +445,7 @@ class _Pixels:
     crs: str | None = None
     transform: tuple[float, ...] | None = None
     factor = (1.0, 1.0)
+    ambiguous: np.ndarray | None = None
 
     def __init__(
         self, image: Any, label: Any, whole: tuple[np.ndarray, np.ndarray | None] | None = None
@@ -461,6 +463,14 @@ class _Pixels:
         label = self.label.read(row, col, side, side) if self.label else None
         return self.image.read(row, col, side, side), label
 
+    def ambiguity(self, row: int, col: int, side: int) -> float | None:
+        """Mean over a window of how far it is obscured; None where that is not known."""
+        return (
+            None
+            if self.ambiguous is None
+            else float(self.ambiguous[row : row + side, col : col + side].mean())
+        )
+
 
 @contextmanager
 def _pixels(root: Storage | None, source: Source, settings: Settings) -> Iterator[_Pixels]:
@@ -468,7 +478,9 @@ def _pixels(root: Storage | None, source: Source, settings: Settings) -> Iterato
         from raysed.core.synthetic import scene
 
         made = scene(settings.seed, int(source.image.rpartition("/")[2]), side=SCENE_SIDE)
-        yield _Pixels(None, None, (made.image, made.label))
+        pixels = _Pixels(None, None, (made.image, made.label))
+        pixels.ambiguous = made.ambiguous
+        yield pixels
         return
     with ExitStack() as stack:
         image = stack.enter_context(

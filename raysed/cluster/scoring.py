@@ -1,4 +1,7 @@
-"""The scorer pool: warm actors that score tiles with the current weights.  Exactly one score a tile, although scorers die."""
+"""The scorer pool: warm actors that score tiles with the current weights.  Exactly one score a tile, although scorers die.
+
+A tile over which they die (its bytes break the decoder, say) is found by asking its chunk tile by tile, and is bad.
+"""
 
 import time
 from collections import Counter, deque
@@ -19,6 +22,8 @@ CHUNK = 32
 """Tiles a call; a chunk is always made of the same tiles in the same batches, so a score does not depend on who gives it."""
 BATCH = 16
 """Tiles a forward pass."""
+DEATHS = 2
+"""Scorers that may die over a chunk before it is asked tile by tile, and over a single tile before it is bad."""
 PATIENCE = 300.0
 """Seconds without any score after which scoring gives up (exit 7)."""
 
@@ -174,6 +179,7 @@ class ScorerPool:
         make: arguments of `Scorer`.
         options: of the actors, such as their resources.
         kind: class of the actors.
+        threads: most torch threads of a scorer; none means that its node's CPUs are the limit.
     """
 
     def __init__(
@@ -182,8 +188,9 @@ class ScorerPool:
         make: tuple[Network, str, int, int],
         options: dict[str, Any],
         kind: type[Scorer] = Scorer,
+        threads: int | None = None,
     ) -> None:
-        self._make, self._options, self._kind = make, options, kind
+        self._make, self._options, self._kind, self._threads = make, options, kind, threads
         self.scorers: list[ActorHandle | None] = [None] * count
         self._nodes: dict[ActorHandle, str] = {}
 
@@ -242,7 +249,8 @@ class ScorerPool:
         here = Counter(self._nodes.values())
         free = {node: cpus.get(node, 1) - (taken or {}).get(node, 0) for node in here}
         up = {s: self._nodes[s] for s in self.scorers if s in self._nodes}
-        return list(up), [max(1, int(free[node] // here[node])) for node in up.values()]
+        parts = [max(1, int(free[node] // here[node])) for node in up.values()]
+        return list(up), [min(n, self._threads or n) for n in parts]
 
     def release(self, occupied: Collection[str]) -> int:
         """End the scorers on nodes other than these, where nothing else may be left to do; how many they were."""
@@ -255,6 +263,47 @@ class ScorerPool:
     def kill(self) -> None:
         """End all."""
         self.release(())
+
+
+class Work:
+    """The chunks of a scoring, and who is to be asked which.
+
+    Args:
+        locations: rows of `store.LOCATION`.
+        scorers: how many there are.
+    """
+
+    def __init__(self, locations: Sequence[dict], scorers: int) -> None:
+        ordered = sorted(locations, key=lambda at: at["tile_id"])
+        self.chunks = [ordered[i : i + CHUNK] for i in range(0, len(ordered), CHUNK)]
+        """And single tiles of those that were fatal."""
+        self.whole = len(self.chunks)
+        self.deadly: list[BadTile] = []
+        """Tiles that no scorer outlives."""
+        self._deaths: Counter[int] = Counter()
+        self._queues = [deque(range(n, self.whole, scorers)) for n in range(scorers)]
+
+    def next(self, n: int) -> int | None:
+        """Number of the chunk that scorer n is to be asked, its own or one of the fullest queue; None if none is left."""
+        queue = self._queues[n] or max(self._queues, key=len)
+        return queue.popleft() if queue else None
+
+    def died(self, n: int, held: Sequence[int]) -> None:
+        """Scorer n has died over the first of these chunks, and held the others."""
+        first, *others = held
+        self._queues[n].extendleft(reversed([*self._left(first), *others]))
+
+    def _left(self, k: int) -> Sequence[int]:
+        """What is to be asked again of a chunk that a scorer has died over."""
+        self._deaths[k] += 1
+        if self._deaths[k] < DEATHS:
+            return [k]
+        at, *more = self.chunks[k]
+        if not more:
+            self.deadly.append(BadTile(at["tile_id"], f"{DEATHS} scorers died over it alone", at["sha256"]))
+            return []
+        self.chunks += [[at] for at in self.chunks[k]]
+        return range(len(self.chunks) - len(more) - 1, len(self.chunks))
 
 
 def score_pool(
@@ -271,26 +320,24 @@ def score_pool(
     """Score tiles with a pool of scorers; every tile gets one score, whoever dies.
 
     Chunk k goes first to scorer k mod n, which has its tiles decoded already; idle scorers take from the fullest queue.
-    What a dead scorer held goes back to the front; it is used again in the next cycle, once Ray has restarted it.
+    What a dead scorer held goes back to the front; it is used again in the next cycle, once Ray has restarted it.  A chunk that
+    `DEATHS` scorers did not outlive is asked tile by tile, so that one bad tile, or too many at once, costs no other its score;
+    alone in its batch a tile's score may differ in the last bit.
 
     Raises:
         ResourcesError: no score from any scorer within `PATIENCE`.
         RaysedError: what a scorer has raised on purpose.
     """
-    locations = sorted(locations, key=lambda at: at["tile_id"])
-    chunks = [locations[i : i + CHUNK] for i in range(0, len(locations), CHUNK)]
+    work = Work(locations, len(scorers))
     sent = ray.put(weights)
     living = dict(enumerate(scorers))
-    queues = {n: deque(range(n, len(chunks), len(scorers))) for n in living}
     flying: dict[Any, tuple[int, int]] = {}
     results: dict[int, dict[str, Any]] = {}
     more = ({"features": True} if features else {}) | ({"loss": True} if loss else {})
 
     def feed(n: int) -> None:
-        queue = queues[n] or max(queues.values(), key=len)
-        if queue:
-            k = queue.popleft()
-            flying[living[n].score.remote(sent, version, chunks[k], side, threads[n], **more)] = (n, k)
+        if (k := work.next(n)) is not None:
+            flying[living[n].score.remote(sent, version, work.chunks[k], side, threads[n], **more)] = (n, k)
 
     for n in [*living, *living]:  # two in flight each, so that none waits for its next chunk
         feed(n)
@@ -298,32 +345,36 @@ def score_pool(
     while flying:
         done, _ = ray.wait(list(flying), num_returns=1, timeout=10)
         if time.monotonic() - heard > PATIENCE:
+            scored = sum(k < work.whole for k in results)
             raise ResourcesError(
-                f"no scorer has given a score for {PATIENCE:.0f} s, {len(results)} of {len(chunks)} chunks are scored{cause}"
+                f"no scorer has given a score for {PATIENCE:.0f} s, {scored} of {work.whole} chunks are scored{cause}"
             )
         if not done:
             continue
-        n, k = flying.pop(done[0])
+        n, k = flying[done[0]]
         try:
             answer = ray.get(done[0])
-            if "failed" in answer:
-                raise rebuilt(*answer["failed"])
-            results.setdefault(k, answer)
-            heard = time.monotonic()
-        except ray.exceptions.RayActorError as error:
+        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
             cause = f"; the last one died ({' '.join(str(error).split())[:200]}): is there memory enough?"
-            queues[n].appendleft(k)
+            held = {ref: j for ref, (m, j) in flying.items() if m == n}
+            for ref in held:
+                del flying[ref]
+            work.died(n, list(held.values()))
             if len(living) > 1:
-                living.pop(n, None)
+                del living[n]
             else:
-                time.sleep(1)  # the last one: wait for Ray to restart it
-            if not any(m in living for m, _ in flying.values()):
-                for m in living:
-                    feed(m)
+                _await(living[n], heard + PATIENCE)
+            busy = {m for m, _ in flying.values()}
+            for m in [m for m in living if m not in busy] * 2:
+                feed(m)
             continue
-        if n in living:
-            feed(n)
-    parts = [results[k] for k in range(len(chunks))]
+        del flying[done[0]]
+        if "failed" in answer:
+            raise rebuilt(*answer["failed"])
+        results[k] = answer
+        heard = time.monotonic()
+        feed(n)
+    parts = [results[k] for k in sorted(results, key=lambda k: work.chunks[k][0]["tile_id"])]
     nodes: Counter[str] = Counter()
     for part in parts:
         nodes[part["node"]] += len(part["ids"])
@@ -336,6 +387,17 @@ def score_pool(
         np.concatenate(rows),
         np.concatenate(features_of),
         np.concatenate([np.zeros(0, np.float32), *(p["loss"] for p in parts)]),
-        [BadTile(**b) for p in parts for b in p["bad"]],
+        [*work.deadly, *(BadTile(**b) for p in parts for b in p["bad"])],
         dict(nodes),
     )
+
+
+def _await(scorer: ActorHandle, until: float) -> None:
+    """Wait until Ray has restarted a scorer, or until then; it refuses calls meanwhile."""
+    while time.monotonic() < until:
+        answered, _ = ray.wait([scorer.node.remote()], timeout=max(0.0, until - time.monotonic()))
+        try:
+            ray.get(answered)
+            return
+        except ray.exceptions.RayActorError:
+            time.sleep(0.5)

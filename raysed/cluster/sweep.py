@@ -8,16 +8,14 @@ A trial never begins a cycle that Tune has not asked for, and ends its Train run
 trial gives its resources back at once; were its process killed instead, they would be free only when Ray's cleaner finds out.
 """
 
-import contextlib
 import json
 import os
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import ray
 from ray import tune
@@ -27,7 +25,7 @@ from ray.util import placement_group_table
 
 from raysed import errors
 from raysed.cluster.connect import connect
-from raysed.cluster.launch import Stepper
+from raysed.cluster.launch import Stepper, signals_noted
 from raysed.cluster.preflight import check_data, check_run_paths
 from raysed.cluster.room import secure
 from raysed.config import Experiment, with_overrides
@@ -168,7 +166,7 @@ class Halving(ASHAScheduler):
 class Signals(tune.Stopper):
     """Ctrl-C and SIGTERM: the first lets every running cycle end and commit, a second ends the job at once."""
 
-    caught = 0
+    caught: ClassVar[list[int]] = []
     """The first signal.  Of the class, since Tune may copy the object."""
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -176,24 +174,6 @@ class Signals(tune.Stopper):
 
     def stop_all(self) -> bool:
         return bool(Signals.caught)
-
-    @staticmethod
-    @contextlib.contextmanager
-    def watched() -> Iterator[None]:
-        """While this is open, signals are caught."""
-
-        def stop(number: int, _: Any) -> None:
-            if Signals.caught:
-                raise SystemExit(errors.EXIT_INTERRUPTED[number])
-            Signals.caught = number
-
-        Signals.caught = 0
-        before = {n: signal.signal(n, stop) for n in errors.EXIT_INTERRUPTED}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class Book(tune.Callback):
@@ -265,10 +245,11 @@ def sweep(base: Experiment, trials: int, *, say: Callable[[str], None]) -> int:
     check_run_paths(base)
     base, together = _shared(base, trials, say)
     say(f"{len(left)} of {trials} trials are left, {together} at once, of at most {base.cycles} cycles each")
-    with Signals.watched(), tempfile.TemporaryDirectory(prefix="raysed-tune-") as folder:
+    Signals.caught.clear()
+    with signals_noted(Signals.caught), tempfile.TemporaryDirectory(prefix="raysed-tune-") as folder:
         _tuner(base, [s for s in states if s.outcome != "failed"], together, folder, say).fit()
     _say_returned(say)
-    return errors.EXIT_INTERRUPTED[Signals.caught] if Signals.caught else 0
+    return errors.EXIT_INTERRUPTED[Signals.caught[0]] if Signals.caught else 0
 
 
 def _shared(base: Experiment, trials: int, say: Callable[[str], None]) -> tuple[Experiment, int]:

@@ -57,6 +57,14 @@ def region_shares(pool: pa.Table, ids: Sequence[str] | None = None) -> dict[str,
     return {r: shares[r] / max(int(times.sum()), 1) for r in order}
 
 
+def ambiguous_share(pool: pa.Table, ids: Sequence[str] | None = None) -> float | None:
+    """Mean of how far the synthetic world obscured the tiles, 0..1; None of other pools; arguments as of `class_shares`."""
+    if "ambiguous" not in pool.column_names or pool["ambiguous"].null_count:
+        return None
+    times = _times(pool, ids)
+    return float(times @ pool["ambiguous"].to_numpy() / max(int(times.sum()), 1))
+
+
 def _times(pool: pa.Table, ids: Sequence[str] | None) -> np.ndarray:
     """How often each tile of the pool occurs; tiles that have left the pool do not count."""
     if ids is None:

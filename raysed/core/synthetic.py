@@ -34,6 +34,8 @@ class Scene:
     """(side, side, 3) uint8 RGB."""
     label: np.ndarray
     """(side, side) uint8: 0 unknown, 1..8 the classes of OpenEarthMap in order."""
+    ambiguous: np.ndarray
+    """(side, side) float32 in 0..1: how far each pixel is obscured."""
 
 
 class Kind(NamedTuple):
@@ -165,11 +167,11 @@ def scene(seed: int, number: int, side: int = 256, regions: int = 12) -> Scene:
     roads = draw_roads(rng, side, kind, region.angle)
     paint_built(canvas, kind, roads)
     paint_trees(canvas, kind, roads)
-    image = expose(rng, photograph(canvas), region)
+    image, ambiguous = expose(rng, photograph(canvas), region)
     label = canvas.labels()
     if rng.random() < 0.03:
         blacken_corner(rng, image, label)
-    return Scene(f"world{number % regions:02d}", image, label)
+    return Scene(f"world{number % regions:02d}", image, label, ambiguous)
 
 
 def draw_region(seed: int, region: int) -> Region:
@@ -556,9 +558,10 @@ def photograph(canvas: Canvas) -> np.ndarray:
     return colour
 
 
-def expose(rng: Generator, image: np.ndarray, region: Region) -> np.ndarray:
-    """(side, side, 3) uint8: the scene through uneven light, cloud shadow, haze, optics and noise."""
+def expose(rng: Generator, image: np.ndarray, region: Region) -> tuple[np.ndarray, np.ndarray]:
+    """(side, side, 3) uint8, the scene through uneven light, cloud shadow, haze, optics and noise; and how far it is obscured."""
     side = len(image)
+    ambiguous = np.zeros((side, side), np.float32)
     ramp = np.linspace(-1, 1, side, dtype=np.float32)
     slope_x, slope_y = rng.normal(0, 0.06, 2).tolist()
     light = 1 + slope_x * ramp + slope_y * ramp[:, None]
@@ -567,16 +570,16 @@ def expose(rng: Generator, image: np.ndarray, region: Region) -> np.ndarray:
     gain = region.tint * rng.normal(1, 0.06, 3) * np.exp(min(rng.normal(-0.02, 0.2), 0.25))
     image = image * (light[..., None] * gain.astype(np.float32))
     if rng.random() < AMBIGUOUS:
-        image = obscure(rng, image)
+        image, ambiguous = obscure(rng, image)
     haze = min(0.45, region.haze * rng.uniform(0.3, 1.5))
     image = image * (1 - haze) + haze * np.array([188, 196, 206], np.float32)
     image = cv2.GaussianBlur(image, (5, 5), rng.uniform(0.45, 0.95))
     image = image + rng.uniform(1.5, 5.5) * rng.standard_normal(image.shape, np.float32)
-    return image.clip(0, 255).astype(np.uint8)
+    return image.clip(0, 255).astype(np.uint8), ambiguous
 
 
-def obscure(rng: Generator, image: np.ndarray) -> np.ndarray:
-    """The image, or a part of it, under thick haze, out of focus, or with its colours run together."""
+def obscure(rng: Generator, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The image, or a part of it, under thick haze, out of focus, or with its colours run together; (side, side) how far."""
     side = len(image)
     small = cv2.resize(image, (side // 8, side // 8), interpolation=cv2.INTER_AREA)
     smooth = cv2.resize(small, (side, side), interpolation=cv2.INTER_CUBIC)
@@ -589,9 +592,9 @@ def obscure(rng: Generator, image: np.ndarray) -> np.ndarray:
         worse = 0.35 * image + 0.65 * (smooth * 0.5 + image.mean((0, 1)) * 0.5)
         worse *= 1 + 0.08 * fractal(rng, side, 5, 2)[..., None]
     if rng.random() < 0.5:
-        return worse
-    weight = np.clip(0.5 + 2 * fractal(rng, side, 140, 2), 0, 1)[..., None]
-    return image + weight * (worse - image)
+        return worse, np.ones((side, side), np.float32)
+    weight = np.clip(0.5 + 2 * fractal(rng, side, 140, 2), 0, 1)
+    return image + weight[..., None] * (worse - image), weight
 
 
 def blacken_corner(rng: Generator, image: np.ndarray, label: np.ndarray) -> None:

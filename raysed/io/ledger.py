@@ -5,6 +5,7 @@ leases/000001.json          who holds the run; the highest number does, and its 
 cycle_0007/                 model.safetensors optimizer.safetensors scores.parquet selected.parquet state.json
                             bought.parquet of a round that buys labels, sources.parquet of the last cycles
 labelling/ labelled/        picks that went out to people, labels that came back: see io/people.py
+cycle_0007/by_02_01/        the same files where the first lease's first workers were not those that wrote the cycle
 cycle_0007/manifest.json    sizes and hashes of the files, metrics, seconds: written last and only once, the commit
 cycle_0007/step_000120/     a commit inside the cycle, of the same kind; gone when the cycle is committed
 cycles.jsonl summary.json tensorboard/ report.html     derived from the manifests, can be rebuilt
@@ -21,7 +22,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class Manifest:
 
     cycle: int
     files: dict[str, dict[str, Any]]
-    """File name -> {bytes, sha256}."""
+    """File name -> {bytes, sha256}, and `by`, the folder it is in if it is not the cycle's own."""
     record: dict[str, Any]
     """Metrics, seconds, hashes, nodes: see `cluster/cycles.py`."""
     step: int | None = None
@@ -67,6 +68,10 @@ class Manifest:
         """Where its files are."""
         return folder(self.cycle, self.step)
 
+    def path(self, name: str) -> str:
+        """Where a file of it is."""
+        return "/".join(filter(None, (self.folder, self.files[name].get("by"), name)))
+
 
 class Ledger:
     """The run directory at a storage root.
@@ -74,11 +79,14 @@ class Ledger:
     Args:
         storage: the run directory.
         epoch: fencing token of the lease under which this process writes; None only reads.
+        start: how many groups of workers have begun under that lease, with this one.
     """
 
-    def __init__(self, storage: Storage, epoch: int | None = None) -> None:
+    def __init__(self, storage: Storage, epoch: int | None = None, start: int = 1) -> None:
         self.storage = storage
         self.epoch = epoch
+        # one that was paused or cut off, and overtaken, may write for a moment when it wakes: never where others have
+        self._by = f"by_{epoch:02d}_{start:02d}" if epoch and (epoch, start) != (1, 1) else ""
 
     def open(self, experiment: Experiment, dataset_hash: str) -> None:
         """Start a run, or check that a begun one may be continued.
@@ -177,10 +185,12 @@ class Ledger:
         taken = f"{self.storage.uri}: {where} was committed by another driver"
         if self.storage.exists(f"{where}/manifest.json"):
             raise RunHeldError(taken)
+        by = {"by": self._by} if self._by else {}
+        facts = {name: {"bytes": len(data), "sha256": digest(data), **by} for name, data in files.items()}
+        written = Manifest(cycle, facts, {}, step)
         for name, data in files.items():
-            self.storage.write(f"{where}/{name}", data)
-        sizes = {name: {"bytes": len(data), "sha256": digest(data)} for name, data in files.items()}
-        manifest = Manifest(cycle, sizes, record(), step)
+            self.storage.write(written.path(name), data)
+        manifest = replace(written, record=record())
         fields = {"format": FORMAT, "token": uuid.uuid4().hex, **asdict(manifest)}
         self._fence()
         if not self.storage.create(f"{where}/manifest.json", (json.dumps(fields, indent=1) + "\n").encode()):
@@ -220,7 +230,7 @@ class Ledger:
         Raises:
             DataError: missing, or its bytes are not those committed.
         """
-        where = f"{manifest.folder}/{name}"
+        where = manifest.path(name)
         for _ in range(2):  # bytes that changed on the way are right the second time
             try:
                 data = self.storage.read(where)
@@ -279,9 +289,10 @@ class Ledger:
         old = last - 2
         if old < 0:
             return
-        self.storage.remove(f"{folder(old)}/optimizer.safetensors")
-        if old % KEEP_EVERY:
-            self.storage.remove(f"{folder(old)}/model.safetensors")
+        gone = ["optimizer.safetensors"] + (["model.safetensors"] if old % KEEP_EVERY else [])
+        for path in self.storage.list(folder(old)):  # those of attempts that came to nothing too
+            if path.rpartition("/")[2] in gone:
+                self.storage.remove(path)
 
     def write_lines(self, manifests: list[Manifest]) -> None:
         """`cycles.jsonl`: one line a committed cycle."""

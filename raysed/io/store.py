@@ -45,10 +45,12 @@ _FIELDS = [
     pa.field("crs", pa.string()),
     pa.field("transform", pa.list_(pa.float64())),
     pa.field("scale", pa.list_(pa.float64())),
+    pa.field("ambiguous", pa.float32()),
 ]
 TILES = pa.schema([*_FIELDS, pa.field("image", pa.binary()), pa.field("label", pa.binary())])
 """Schema of a shard.  pixels: void first, then the classes; null without a label.  transform: the six numbers a b c d e f of
-x = a col + b row + c, y = d col + e row + f; null where the source has none.  scale: source pixels a tile pixel, (row, column)."""
+x = a col + b row + c, y = d col + e row + f; null where the source has none.  scale: source pixels a tile pixel, (row, column).
+ambiguous: how far the synthetic world obscured the tile, 0..1, mean over pixels; null in other stores and older ones."""
 INDEX = pa.schema(
     [
         *_FIELDS,

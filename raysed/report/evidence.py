@@ -328,6 +328,7 @@ def tables(arms: Sequence[Judged], rows: Sequence[Row], split: str) -> str:
             a.name,
             f"{np.mean([r.facts['picks']['coverage'][-1] for r in a.runs]):.3f}",
             f"{np.mean([np.mean(r.facts['picks']['repeats'] or [0]) for r in a.runs]):.3f}",
+            _ambiguous(a),
             "yes" if not any(r.facts["replay"] for r in a.runs) else "NO",
         ]
         for a in arms
@@ -341,7 +342,7 @@ def tables(arms: Sequence[Judged], rows: Sequence[Row], split: str) -> str:
         markdown("The goal as stated before the runs", ["arm", *(goal(rows, active[0]) if active else [])], goals),
         markdown(f"IoU by class, mean of the last {LAST} cycles", ["class", *names], by_class),
         markdown(f"First cycle in which a class is found (IoU above {FIRST_CORRECT}), median over seeds", ["class", *names], found_in),
-        markdown("Selections", ["arm", "share of the pool seen", "share repeated from the cycle before", "replays"], picked),
+        markdown("Selections", ["arm", "share of the pool seen", "share repeated from the cycle before", "share ambiguous / in the pool", "replays"], picked),
     ]  # fmt: skip
     return "\n".join(parts)
 
@@ -393,6 +394,14 @@ def _picked(arms: Sequence[Judged], what: str) -> dict[str, dict[str, float]]:
         }
         for a in arms
     }
+
+
+def _ambiguous(arm: Judged) -> str:
+    found = [(r.facts["picks"].get("ambiguous"), r.facts["picks"].get("pool_ambiguous")) for r in arm.runs]
+    if any(share is None for pair in found for share in pair):  # imagery, or a store made before it was kept
+        return "not known"
+    picked, pool = np.mean(found, axis=0)
+    return f"{picked:.3f} / {pool:.3f}"
 
 
 def _about(arm: Judged, run: RunFile) -> dict[str, Any]:

@@ -157,7 +157,9 @@ def collect(run: Storage, name: str, seed: int, store: Store, *, evidence: bool 
 def picks_of(
     ledger: Ledger, manifests: list[Manifest], store: Store, experiment: Experiment
 ) -> dict[str, Any]:
-    """What a run selected: coverage after each cycle, repeats, shares of classes and regions in its picks and in the pool."""
+    """What a run selected: coverage after each cycle, repeats, shares of classes and regions in its picks and in the pool, and how
+    ambiguous both are.
+    """
     pool = training_rows(store.index, experiment.data.held_out)
     names = [c.name for c in store.dataset.classes]
     cycles = [ledger.table(m, "selected.parquet")["tile_id"].to_pylist() for m in manifests]
@@ -169,6 +171,8 @@ def picks_of(
         "pool_classes": diagnostics.class_shares(pool, names),
         "regions": diagnostics.region_shares(pool, every),
         "pool_regions": diagnostics.region_shares(pool),
+        "ambiguous": diagnostics.ambiguous_share(pool, every),
+        "pool_ambiguous": diagnostics.ambiguous_share(pool),
     }
 
 

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from raysed.core.synthetic import BUILDING, ROAD, UNKNOWN, scene
+from raysed.core.synthetic import AMBIGUOUS, BUILDING, ROAD, UNKNOWN, scene
 
 SHARES = {1: 1.9, 2: 21.0, 3: 18.2, 4: 6.6, 5: 18.6, 6: 3.2, 7: 13.2, 8: 16.6}
 """Per cent of OpenEarthMap's pixels."""
@@ -79,6 +79,19 @@ def test_buildings_cast_shadows_away_from_the_sun(world):
         sides = [darker_side(s.image, s.label == BUILDING) for s in built]
         strength = np.hypot(*np.sum(sides, 0)) / np.sum(np.hypot(*np.transpose(sides)))
         assert strength > 0.8
+
+
+def test_what_is_ambiguous_is_known_by_pixel():
+    """A scene that is obscured differs from a clear one in that its finest texture is gone or its colours are near each other."""
+    scenes = [scene(1, number, 64) for number in range(400)]
+    obscured = np.array([s.ambiguous.mean() for s in scenes])
+    assert all(
+        s.ambiguous.shape == (64, 64) and 0 <= s.ambiguous.min() and s.ambiguous.max() <= 1 for s in scenes
+    )
+    assert (obscured > 0).mean() == pytest.approx(AMBIGUOUS, abs=0.05)
+    assert 0.3 < (obscured == 1).sum() / (obscured > 0).sum() < 0.7
+    contrast = np.array([s.image.std((0, 1)).mean() / s.image.mean() for s in scenes])
+    assert np.median(contrast[obscured == 1]) < 0.8 * np.median(contrast[obscured == 0])
 
 
 def darker_side(image: np.ndarray, mask: np.ndarray) -> np.ndarray:

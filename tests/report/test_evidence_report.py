@@ -109,6 +109,19 @@ def test_a_clear_win_is_one_against_the_best_passive_arm(results):
     assert write_evidence(results, KINDS, FILES, "dev") == text
 
 
+def test_the_ambiguous_share_stands_beside_the_pool_s_where_it_is_known(tmp_path):
+    storage = Storage(str(tmp_path))
+    for seed, share in ((0, 0.5), (1, 0.3)):
+        for arm in ("uniform", "defensive"):
+            found = run_file(arm, seed)
+            if arm == "defensive":
+                found.facts["picks"] |= {"ambiguous": share, "pool_ambiguous": 0.13}
+            storage.write(found.path, found.to_bytes())
+    lines = write_evidence(storage, KINDS, FILES, "dev").splitlines()
+    assert "| defensive | 0.400 | 0.100 | 0.400 / 0.130 | yes |" in lines
+    assert "| uniform | 0.400 | 0.100 | not known | yes |" in lines
+
+
 def test_compute_counts_passes_backward_and_scoring_at_its_side():
     assert curve(run_file("uniform", 0))["compute"][:2].tolist() == [76, 152]
     assert curve(run_file("defensive", 0))["compute"][0] == 76 + 10 / 4
