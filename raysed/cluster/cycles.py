@@ -87,7 +87,8 @@ def run(setup: Setup) -> None:
     """The training function of every rank: all arms, one after the other."""
     context = ray.train.get_context()
     first = context.get_world_rank() == 0
-    if not broadcast_from_rank_zero(ray.get(setup.monitor.begin.remote()) if first else None):
+    start: int = broadcast_from_rank_zero(ray.get(setup.monitor.begin.remote()) if first else None)
+    if not start:
         return  # Ray restarts a group whose ranks raised; the error that was posted would only come again
     quiet_data()
     if first:
@@ -96,7 +97,7 @@ def run(setup: Setup) -> None:
         if first and setup.arms[0].experiment.cluster.min_workers:
             setup.monitor.post.remote({"kind": "say", "text": f"{context.get_world_size()} workers train"})
         for arm in setup.arms:
-            if not Worker(setup, arm).run():
+            if not Worker(setup, arm, start).run():
                 break
     except RaysedError as error:
         failed = {"kind": "failed", "error": type(error).__name__, "text": str(error)}
@@ -119,9 +120,9 @@ def _beat(monitor: ActorHandle) -> None:
 
 
 class Worker:
-    """One rank of one arm."""
+    """One rank of one arm, in the group of workers of this number."""
 
-    def __init__(self, setup: Setup, arm: Arm) -> None:
+    def __init__(self, setup: Setup, arm: Arm, start: int) -> None:
         self.setup, self.arm, self.exp = setup, arm, arm.experiment
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
@@ -133,7 +134,7 @@ class Worker:
         self.taught = self.store
         """The store that training reads from."""
         self.candidates = self.pool["tile_id"].to_pylist()
-        self.ledger = Ledger(Storage(str(self.exp.run)), arm.epoch)
+        self.ledger = Ledger(Storage(str(self.exp.run)), arm.epoch, start)
         dataset = self.store.dataset
         self.names = [c.name for c in dataset.classes]
         self.precision = resolve_precision(self.exp.optim.precision, self.device)

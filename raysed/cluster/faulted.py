@@ -81,7 +81,7 @@ def _manifest_first(ledger: ModuleType) -> None:
 
 def _no_hash_check(ledger: ModuleType) -> None:
     def read(self: Any, manifest: Any, name: str) -> bytes:
-        return self.storage.read(f"{ledger.folder(manifest.cycle)}/{name}")
+        return self.storage.read(manifest.path(name))
 
     ledger.Ledger.read = read
 

@@ -59,6 +59,7 @@ class Scorer:
         self.net = net.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.precision = resolve_precision(network.precision, self.device)
         self.storage, self.side, self.version = Storage(uri), side, ""
+        self.classes = network.classes
         self.cache: dict[str, np.ndarray] = {}
         self.room = cache_bytes // (side * side * 3)
 
@@ -134,13 +135,13 @@ class Scorer:
 
     def _labels(self, locations: list[dict]) -> dict[str, np.ndarray]:
         """Stored labels of the good tiles; a pass over them is made once a run, so they are not kept."""
-        read = read_tiles(self.storage, locations, self.side)
+        read = read_tiles(self.storage, locations, self.side, self.classes)
         return {t.tile_id: t.label for t in read if isinstance(t, Tile) and t.label is not None}
 
     def _images(self, locations: list[dict]) -> tuple[dict[str, np.ndarray], list[dict]]:
         missing = [at for at in locations if at["tile_id"] not in self.cache]
         fresh, bad = {}, []
-        for tile in read_tiles(self.storage, missing, self.side) if missing else []:
+        for tile in read_tiles(self.storage, missing, self.side, self.classes) if missing else []:
             if isinstance(tile, Tile):
                 fresh[tile.tile_id] = tile.image
             else:

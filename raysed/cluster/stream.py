@@ -55,7 +55,13 @@ def _storage(uri: str) -> Storage:
 
 
 def read_and_augment(
-    batch: dict[str, np.ndarray], uri: str, side: int, keys: tuple[int, int] | None, limits: dict[str, Any]
+    batch: dict[str, np.ndarray],
+    *,
+    uri: str,
+    side: int,
+    classes: int,
+    keys: tuple[int, int] | None,
+    limits: dict[str, Any],
 ) -> dict[str, Any]:
     """INPUT: position and location of tiles.  OUTPUT: position, tile_id, image, label, bad ("" or reason and hash), node, failed.
 
@@ -63,6 +69,7 @@ def read_and_augment(
         batch: columns of numbers and strings.
         uri: root of the store.
         side: side of a stored tile, pixels.
+        classes: of the store.
         keys: (seed, cycle) that own the augmentation; None leaves tiles as they are.
         limits: arguments of `augment`.
     """
@@ -72,7 +79,7 @@ def read_and_augment(
     bad = [""] * len(locations)
     failed = ""
     try:
-        tiles = read_tiles(_storage(uri), locations, side)
+        tiles = read_tiles(_storage(uri), locations, side, classes)
     except RaysedError as error:  # raised by the consumer: Ray Data loses the cause of what a task raises
         tiles, failed = [], f"{type(error).__name__} {error}"
     for i, tile in enumerate(tiles):
@@ -134,6 +141,7 @@ class Stream:
         self._arguments: dict[str, Any] = {
             "uri": store.storage.uri,
             "side": store.dataset.tile_size,
+            "classes": len(store.dataset.classes),
             "keys": keys,
             "limits": asdict(limits),
         }

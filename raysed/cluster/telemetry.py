@@ -63,7 +63,7 @@ class Monitor:
         self.events: list[dict[str, Any]] = []
         self.changed = threading.Condition()
         self.allowed, self.stopping = allowed, False
-        self.fruitless, self.last_error = 0, ""
+        self.groups, self.fruitless, self.last_error = 0, 0, ""
         self._beat = time.monotonic()
 
     def beat(self) -> None:
@@ -74,14 +74,15 @@ class Monitor:
         """Seconds since rank 0 was last known to live, or since the start."""
         return time.monotonic() - self._beat
 
-    def begin(self) -> bool:
-        """A group of workers begins; whether it may: not if those before it ended one by one without any commit."""
+    def begin(self) -> int:
+        """A group of workers begins; its number, from 1, or 0 if those before it ended one by one without any commit."""
+        self.groups += 1
         self.fruitless += 1
         self.post({"kind": "started"})
         if self.fruitless > RESTARTS + 1:
             text = f"the training workers have ended {RESTARTS + 1} times since the last commit: {self.last_error or 'they died'}"
             self.post({"kind": "failed", "error": "RaysedError", "text": text})
-        return not self.has_failed()
+        return 0 if self.has_failed() else self.groups
 
     def lost(self, error: str) -> None:
         """A rank has raised."""

@@ -285,7 +285,7 @@ def weights_of_run(ledger: Ledger, cycle: int | None) -> tuple[Manifest, bytes]:
     if not manifests:
         raise UsageError(f"{ledger.storage.uri} has no committed cycle yet")
     there = ledger.storage.list()
-    held = [m.cycle for m in manifests if m.path(WEIGHTS) in there]
+    held = [m.cycle for m in manifests if WEIGHTS in m.files and m.path(WEIGHTS) in there]
     if cycle is not None:
         if cycle not in held:
             kept = ", ".join(map(str, held))

@@ -320,18 +320,21 @@ class Store:
         return self.index.select(LOCATION).take(at).to_pylist()
 
 
-def read_tiles(storage: Storage, locations: Sequence[dict], side: int) -> list[Tile | BadTile]:
+def read_tiles(
+    storage: Storage, locations: Sequence[dict], side: int, classes: int = 255
+) -> list[Tile | BadTile]:
     """Fetch, verify and decode tiles, in the order asked for; a tile that fails is a `BadTile`, not an exception.
 
     Args:
         storage: root of the store.
         locations: rows of `LOCATION`.
         side: side of a stored tile, pixels.
+        classes: a label of a higher number makes its tile a bad one: it would be an index out of range to a loss.
 
     Raises:
         StorageError: the store cannot be reached (that is no fault of a tile).
     """
-    tiles = _read_once(storage, locations, side)
+    tiles = _read_once(storage, locations, side, classes)
     for _ in range(REREADS):
         changed = [
             i
@@ -340,12 +343,14 @@ def read_tiles(storage: Storage, locations: Sequence[dict], side: int) -> list[T
         ]
         if not changed:
             break
-        for i, tile in zip(changed, _read_once(storage, [locations[i] for i in changed], side), strict=True):
+        for i, tile in zip(
+            changed, _read_once(storage, [locations[i] for i in changed], side, classes), strict=True
+        ):
             tiles[i] = tile
     return tiles
 
 
-def _read_once(storage: Storage, locations: Sequence[dict], side: int) -> list[Tile | BadTile]:
+def _read_once(storage: Storage, locations: Sequence[dict], side: int, classes: int) -> list[Tile | BadTile]:
     wanted = defaultdict(list)
     for position, at in enumerate(locations):
         for kind in ("image", "label"):
@@ -362,12 +367,12 @@ def _read_once(storage: Storage, locations: Sequence[dict], side: int) -> list[T
         for (position, kind, _), piece in zip(wants, pieces, strict=True):
             parts[position][kind] = piece
     return [
-        BadTile(at["tile_id"], missing[i], "") if i in missing else _decode(at, parts[i], side)
+        BadTile(at["tile_id"], missing[i], "") if i in missing else _decode(at, parts[i], side, classes)
         for i, at in enumerate(locations)
     ]
 
 
-def _decode(at: dict, part: dict[str, bytes], side: int) -> Tile | BadTile:
+def _decode(at: dict, part: dict[str, bytes], side: int, classes: int) -> Tile | BadTile:
     found = codec.tile_hash(part["image"], part.get("label"))
     if found != at["sha256"]:
         return BadTile(
@@ -375,6 +380,10 @@ def _decode(at: dict, part: dict[str, bytes], side: int) -> Tile | BadTile:
         )
     try:
         label = codec.decode_label(part["label"], side) if "label" in part else None
+        if label is not None and label.max() > classes:
+            return BadTile(
+                at["tile_id"], f"its label holds {label.max()}, the store has {classes} classes", found
+            )
         return Tile(at["tile_id"], codec.decode_image(part["image"], side), label)
     except ValueError as error:
         return BadTile(at["tile_id"], str(error), found)

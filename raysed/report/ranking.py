@@ -29,7 +29,7 @@ def rankings(ledger: Ledger, manifests: list[Manifest], store: Store) -> list[di
     net.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     found = []
     for before, cycle in pairwise(manifests):
-        kept = ledger.storage.exists(f"{before.folder}/model.safetensors")
+        kept = ledger.storage.exists(before.path("model.safetensors"))
         if not kept or "scores.parquet" not in cycle.files:
             continue
         scores = ledger.table(cycle, "scores.parquet")

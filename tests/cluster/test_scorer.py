@@ -1,4 +1,6 @@
-"""What a scorer and the keeper of its scores give, without a cluster."""
+"""What a scorer and the keeper of its scores give, most of it without a cluster."""
+
+import os
 
 import numpy as np
 import pytest
@@ -6,7 +8,7 @@ import torch
 
 from raysed.cluster import scorekeeping
 from raysed.cluster.scorekeeping import Scorekeeper
-from raysed.cluster.scoring import Network, Scorer, Scores
+from raysed.cluster.scoring import CHUNK, Network, Scorer, Scores, Work, score_pool
 from raysed.config import SelectConfig
 from raysed.core.networks import build
 from raysed.core.step import to_device
@@ -107,3 +109,49 @@ def test_scorers_rest_only_when_they_will_be_idle_for_long(store):
         0,
     ]
     assert released == [{"trainer"}] * 2
+
+
+def test_a_chunk_that_two_scorers_did_not_outlive_is_asked_tile_by_tile():
+    locations = [{"tile_id": f"t{i:03d}", "sha256": f"hash {i}"} for i in range(2 * CHUNK + 1)]
+    work = Work(locations[::-1], 2)
+    assert [work.next(0), work.next(1), work.next(0)] == [0, 1, 2]
+    work.died(0, [0, 2])
+    assert work.next(1) == 0  # as a whole, its scores the same
+    work.died(1, [0])
+    asked = [work.next(0) for _ in range(CHUNK + 1)]
+    assert asked[0] == 2  # what the first one held besides
+    assert [work.chunks[k] for k in asked[1:]] == [[at] for at in locations[:CHUNK]]
+    assert work.next(0) is None
+    for _ in range(2):
+        work.died(0, [asked[6]])
+        assert work.deadly or work.next(1) == asked[6]
+    assert [(b.tile_id, b.sha256) for b in work.deadly] == [("t005", "hash 5")]
+    assert work.next(0) is None
+
+
+@pytest.mark.ray
+def test_a_tile_that_kills_scorers_is_left_out_and_all_others_have_one_score(ray_session):
+    import ray
+
+    class Mortal:
+        """Scores by number; dies over tile 40."""
+
+        def node(self) -> str:
+            return "here"
+
+        def score(self, weights, version, locations, side, threads):
+            ids = [at["tile_id"] for at in locations]
+            if "t040" in ids:
+                os._exit(9)
+            rows = np.array([[int(t[1:])] * 3 for t in ids], np.float32)
+            none = np.zeros(len(ids), np.float32)
+            return {"ids": ids, "scores": rows, "features": none[:, None], "loss": none, "bad": [], "node": "here"}  # fmt: skip
+
+    locations = [{"tile_id": f"t{i:03d}", "sha256": "h"} for i in range(100)]
+    scorers = [ray.remote(Mortal).options(num_cpus=0.1, max_restarts=-1).remote() for _ in range(2)]
+    found = score_pool(scorers, [1, 1], {}, "v", locations, side=64)
+    for scorer in scorers:
+        ray.kill(scorer)
+    assert found.ids == [at["tile_id"] for at in locations if at["tile_id"] != "t040"]
+    assert found.rows[:, 0].tolist() == [i for i in range(100) if i != 40]
+    assert [(b.tile_id, b.reason) for b in found.bad] == [("t040", "2 scorers died over it alone")]

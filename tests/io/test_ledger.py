@@ -130,6 +130,30 @@ def test_a_driver_overtaken_twice_writes_nothing(run):
     assert run.storage.read(f"{folder(3)}/model.safetensors") == before
 
 
+@pytest.mark.parametrize(("epoch", "start"), [(2, 1), (1, 2)])
+def test_a_writer_that_slept_over_a_takeover_leaves_the_committed_files_alone(run, monkeypatch, epoch, start):
+    """It was paused after it had looked for a newer lease, and wakes when another has committed the same cycle."""
+    run.storage.remove(f"{folder(3)}/manifest.json")
+    other, write = Ledger(run.storage, epoch, start), Storage.write
+
+    def wake(self: Storage, path: str, data: bytes) -> None:
+        monkeypatch.setattr(Storage, "write", write)
+        if epoch > 1:
+            write(self, "leases/000002.json", b"{}")
+        commit(other, 3)
+        write(self, path, data)
+
+    monkeypatch.setattr(Storage, "write", wake)
+    with pytest.raises(RunHeldError):
+        run.commit(3, dict.fromkeys(run.manifests()[2].files, b"zombie"), dict)
+    assert run.storage.read(f"{folder(3)}/model.safetensors") == b"zombie"
+    assert verify(run, INDEX) == []
+    assert run.read(run.manifests()[3], "model.safetensors") == b"m3"
+    for cycle in range(4, 7):
+        commit(other, cycle)
+    assert not [p for p in run.storage.list(folder(3)) if p.endswith("model.safetensors")]
+
+
 def test_retention_keeps_the_newest_two_and_every_tenth(tmp_path):
     ledger = Ledger(Storage(str(tmp_path)), epoch=1)
     ledger.open(EXP, "data")

@@ -133,6 +133,22 @@ def test_flipped_bytes_truncated_and_missing_shards_are_bad_tiles_not_exceptions
     assert read_tiles(opened.storage, opened.locations(ids[:1]), SIDE)[0].reason.endswith("is missing")
 
 
+def test_a_label_that_is_no_class_makes_a_bad_tile(tmp_path):
+    storage, tiles = Storage(str(tmp_path)), rows(2)
+    label = codec.decode_label(tiles[1]["label"], SIDE).copy()
+    label[3, 4] = 9
+    tiles[1]["label"] = codec.encode_label(label)
+    index = store.write_shard(storage, "shards/part-00000.parquet", tiles)
+    store.finish(
+        storage, name="x", classes=OPENEARTHMAP, ignore=(0,), tile_size=SIDE,
+        index=index.set_column(index.schema.get_field_index("pixels"), "pixels", pa.array([[0] * 9] * 2)),
+    )  # fmt: skip
+    opened = Store.open(storage.uri)
+    found = read_tiles(opened.storage, opened.locations([t["tile_id"] for t in tiles]), SIDE, 8)
+    assert [type(f) for f in found] == [store.Tile, BadTile]
+    assert found[1].reason == "its label holds 9, the store has 8 classes"
+
+
 def test_missing_unfinished_and_foreign_stores_are_named(tmp_path, made):
     opened, _ = made
     with pytest.raises(UsageError, match="no finished tile store at"):
