@@ -40,10 +40,11 @@ def _highest(values: np.ndarray, count: int) -> np.ndarray:
 
 def noisy_log(values: np.ndarray, rng: np.random.Generator, beta: float = 1.0) -> np.ndarray:
     """(N,) log of the values plus Gumbel noise of scale 1 / beta: the top k of it are k draws without replacement, each
-    proportional to value^beta.  0 gives -inf.
+    proportional to value^beta; beta 0 is noise alone.  nan where the value is 0, as where it is unknown: no power gives it a chance.
     """
-    with np.errstate(divide="ignore"):
-        return np.log(values) + rng.gumbel(size=len(values)) / beta
+    logs = np.log(np.where(values > 0, values, np.nan))
+    noise = rng.gumbel(size=len(values))
+    return logs + noise / beta if beta else 0 * logs + noise
 
 
 def inclusion(weights: np.ndarray, budget: int) -> np.ndarray:

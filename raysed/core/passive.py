@@ -54,7 +54,7 @@ def class_random(temperature: float = RARE_TEMPERATURE, share: float = RARE_SHAR
     ) -> Selection:
         pool = Pool(scores, index)
         weights = class_weights(pool, temperature, share)
-        keys = draws.noisy_log(np.where(weights > 0, weights, np.nan), rng)
+        keys = draws.noisy_log(weights, rng)
         at = draws.top(keys, budget, rng, unknown_first=False)
         rarest = rarest_class(pool, share)[at].tolist()
         return pool.selection(at, [f"holds class {c}" if c >= 0 else "holds no class" for c in rarest])

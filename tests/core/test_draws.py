@@ -50,6 +50,18 @@ def test_top_of_noisy_logs_draws_one_after_the_other_in_proportion_to_the_powers
     assert seen[3].sum() == seen[:, 3].sum() == 0
 
 
+def test_noisy_logs_without_a_power_are_uniform_and_what_has_no_chance_comes_last_in_random_order():
+    values, rng = np.arange(1.0, 21), keyed_rng("flat")
+    picks = np.bincount(
+        np.concatenate([top(noisy_log(values, rng, beta=0), 5, rng, unknown_first=False) for _ in range(400)])
+    )
+    assert np.abs(picks - 100).max() < 4.5 * math.sqrt(400 * 0.25 * 0.75)
+    never = np.r_[np.zeros(30), 1.0, np.nan]
+    order = top(noisy_log(never, rng), 32, rng, unknown_first=False).tolist()
+    assert order[0] == 30
+    assert [i for i in order if i < 30] != list(range(30))
+
+
 def capped(weights: list[float], k: int) -> list[float]:
     """Inclusion probabilities as one would by hand: give each its share, fix those above 1, again."""
     certain: set[int] = set()

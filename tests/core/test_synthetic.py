@@ -82,11 +82,11 @@ def test_buildings_cast_shadows_away_from_the_sun(world):
 
 
 def test_what_is_ambiguous_is_known_by_pixel():
-    """A scene that is obscured differs from a clear one in that its finest texture is gone or its colours are near each other."""
-    scenes = [scene(1, number, 64) for number in range(400)]
+    """Whole scenes that are obscured have lost a fifth of their contrast and more."""
+    scenes = [scene(1, number, 64) for number in range(200)]
     obscured = np.array([s.ambiguous.mean() for s in scenes])
     assert all(
-        s.ambiguous.shape == (64, 64) and 0 <= s.ambiguous.min() and s.ambiguous.max() <= 1 for s in scenes
+        s.ambiguous.shape == (64, 64) and s.ambiguous.min() >= 0 and s.ambiguous.max() <= 1 for s in scenes
     )
     assert (obscured > 0).mean() == pytest.approx(AMBIGUOUS, abs=0.05)
     assert 0.3 < (obscured == 1).sum() / (obscured > 0).sum() < 0.7
