@@ -71,6 +71,8 @@ class Difference:
     mean: float
     low: float
     high: float
+    p: float
+    """Two-sided: twice the share of draws on the rarer side of 0; nan without an interval."""
 
 
 def bootstrap_over_seeds(
@@ -86,10 +88,26 @@ def bootstrap_over_seeds(
     """
     values = np.asarray(differences, float)
     if len(values) < 2:
-        return Difference(float(values.mean()), np.nan, np.nan)
+        return Difference(float(values.mean()), np.nan, np.nan, np.nan)
     means = values[rng.integers(len(values), size=(draws, len(values)))].mean(1)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Difference(float(values.mean()), float(low), float(high))
+    return _difference(float(values.mean()), means, confidence)
+
+
+def _difference(mean: float, found: np.ndarray, confidence: float) -> Difference:
+    low, high = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2])
+    rarer = min((found <= 0).sum(), (found >= 0).sum())
+    p = min(1.0, 2 * (1 + rarer) / (1 + len(found)))  # itself one of the draws, so never 0
+    return Difference(mean, float(low), float(high), float(p))
+
+
+def holm(chances: Sequence[float]) -> list[float]:
+    """p of several comparisons, each corrected for their number by Holm's steps (Scandinavian Journal of Statistics 1979)."""
+    p = np.asarray(chances, float)
+    order = np.argsort(p, kind="stable")
+    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(stepped, 1)
+    return corrected.tolist()
 
 
 Statistic = Callable[[np.ndarray], np.ndarray]
@@ -142,8 +160,8 @@ def paired_bootstrap(
         seed_times = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size)
         source_times = rng.multinomial(sources, np.full(sources, 1 / sources), size)
         found.append((differences(source_times.astype(float)) * seed_times).sum(1) / seeds)
-    low, high = np.quantile(np.concatenate(found), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Difference(float(differences(np.ones((1, sources))).mean()), float(low), float(high))
+    mean = float(differences(np.ones((1, sources))).mean())
+    return _difference(mean, np.concatenate(found), confidence)
 
 
 def mean_iou(counts: np.ndarray) -> np.ndarray:

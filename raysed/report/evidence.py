@@ -19,6 +19,7 @@ from raysed.core.statistics import (
     bootstrap_over_seeds,
     first_above,
     fluctuation,
+    holm,
     iou_variation,
     mean_iou,
     mean_of_last,
@@ -46,13 +47,17 @@ LOWER = ("cv", "fluctuation", "time_ratio")
 METRICS = (*COUNTED, *(f"aulc_{c}" for c in COSTS), "aulc_labels", "fluctuation", "time_ratio")
 DRAWS = 10_000
 FLUCTUATION_LIMIT, TIME_LIMIT = 1.1, 1.05
+LEVEL = 0.05
+"""Chance of any false win among the arms."""
 NOTE = f"""miou, worst_class (IoU of the worst class) and cv (standard deviation over mean of the class IoU) are means of the last {LAST} cycles.
 aulc is the area under the curve of miou over the range of cost that all arms share, in units of miou: by tiles trained on; by
 compute, in forward passes (a training visit counts 3, a scored tile 1, less at smaller side; validation is alike for all and left
-out); by seconds of whole cycles; by labels bought, of runs that buy them, at the end of each round.  fluctuation is the standard deviation of the change of miou from cycle to cycle in the second half.
+out, and so is the run that select.reference names); by seconds of whole cycles; by labels bought, of runs that buy them, at the end of each round.  fluctuation is the standard deviation of the change of miou from cycle to cycle in the second half.
 time_ratio is the median warm cycle's seconds over that of the best passive arm.  Differences are to the best passive arm, paired by
 seed; brackets hold 95 % bootstrap intervals, of miou, worst_class and cv over seeds and source images, of the others over seeds
-alone.  The best passive arm was picked by the same numbers, which favours it."""
+alone: both are too narrow for few seeds, and one seed leaves the images.  The best passive arm was picked by the same numbers, of the
+seeds that all passive arms have, which favours it.  A win is alone if its interval is apart from 0 and its p, corrected for the number
+of competing arms by Holm's steps, is not below {LEVEL}."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def write_evidence(results: Storage, kinds: Mapping[str, str], files: Mapping[st
         split: dev or report.
 
     Raises:
-        UsageError: no finished run, runs of several data sets, or no passive arm.
+        UsageError: no finished run, runs of several data sets or validation images, or no passive arm.
     """
     arms = read_arms(results, kinds, files)
     rows = summary_rows(arms, split)
@@ -143,6 +148,12 @@ def read_arms(results: Storage, kinds: Mapping[str, str], files: Mapping[str, st
     hashes = {r.facts["data"]["hash"][:12] for a in arms for r in a.runs}
     if len(hashes) > 1:
         raise UsageError(f"{results.uri} mixes data sets {', '.join(sorted(hashes))}: evidence has one")
+    runs = [r for a in arms for r in a.runs]
+    for run in runs:
+        if run.facts["sources"]["names"] != runs[0].facts["sources"]["names"]:
+            raise UsageError(
+                f"{results.uri}/{run.path} is of other validation images than {runs[0].path}: evidence has one set"
+            )
     if not any(a.kind == "passive" for a in arms):
         raise UsageError(
             f"{results.uri} has no finished run of a passive arm to judge by: add uniform to --arms"
@@ -206,15 +217,22 @@ def summary_rows(arms: Sequence[Judged], split: str) -> list[Row]:
         for seed, (labels, miou) in own_ends.items():
             area = aulc_between(labels.tolist(), miou.tolist(), low, high)
             values[name][seed]["aulc_labels"] = area
+    passive = [a for a in arms if a.kind == "passive"]
+    shared = set.intersection(*(set(values[a.name]) for a in passive))
     best = max(
-        (a for a in arms if a.kind == "passive"),
-        key=lambda a: np.mean([v["miou"] for v in values[a.name].values()]),
+        passive,
+        key=lambda a: np.mean([v["miou"] for s, v in values[a.name].items() if s in shared or not shared]),
     )
     for arm in arms:
         for mine, theirs in zip(*arm.paired(best), strict=True):
             ratio = values[arm.name][mine.seed]["warm"] / values[best.name][theirs.seed]["warm"]
             values[arm.name][mine.seed]["time_ratio"] = ratio
-    return [_row(arm, best, metric, values, split) for arm in arms for metric in METRICS]
+    rows = [_row(arm, best, metric, values, split) for arm in arms for metric in METRICS]
+    for metric in COUNTED:
+        rivals = [r for r in rows if r["metric"] == metric and r["p"] is not None and r["kind"] != "ceiling"]
+        for row, p in zip(rivals, holm([r["p"] for r in rivals]), strict=True):
+            row["p_holm"] = p
+    return rows
 
 
 def _values(run: RunFile) -> dict[str, Any]:
@@ -246,6 +264,8 @@ def _row(arm: Judged, best: Judged, metric: str, values: dict[str, dict[int, Any
         "ci_low": None,
         "ci_high": None,
         "interval": None,
+        "p": None,
+        "p_holm": None,
         "best_passive": best.name,
     }
     if arm is best or metric == "time_ratio":
@@ -257,10 +277,12 @@ def _row(arm: Judged, best: Judged, metric: str, values: dict[str, dict[int, Any
             return row
         counts = [np.stack([_counts(r) for r in runs]) for runs in (mine, theirs)]
         found = paired_bootstrap(counts[0], counts[1], rng, draws=DRAWS, statistic=COUNTED[metric][1])
-        row["interval"] = "seeds and sources"
+        row["interval"] = "seeds and sources" if len(mine) > 1 else "sources"
+        row["p"] = found.p
     else:
         other = values[best.name]
-        paired = [own[r.seed] - other[r.seed][metric] for r in mine if r.seed in own]
+        both = [r.seed for r in mine if r.seed in own and other[r.seed].get(metric) is not None]
+        paired = [own[s] - other[s][metric] for s in both]
         if not paired:
             return row
         found = bootstrap_over_seeds(paired, rng, draws=DRAWS)
@@ -293,12 +315,15 @@ def goal(rows: Sequence[Row], arm: str) -> dict[str, bool]:
 
 
 def verdict(row: Row) -> str:
-    """better, worse or not apart, by the interval of the difference."""
+    """better, worse or not apart, by the interval of the difference; alone if the number of arms may explain it."""
     if row["ci_low"] is None:
         return ""
     sign = -1 if row["metric"] in LOWER else 1
     low, high = sorted((sign * row["ci_low"], sign * row["ci_high"]))
-    return "better" if low > 0 else "worse" if high < 0 else "not apart"
+    if low <= 0 <= high:
+        return "not apart"
+    alone = row["p_holm"] is not None and row["p_holm"] >= LEVEL
+    return ("better" if low > 0 else "worse") + " alone" * alone
 
 
 def tables(arms: Sequence[Judged], rows: Sequence[Row], split: str) -> str:

@@ -13,6 +13,7 @@ from raysed.core.statistics import (
     bootstrap_over_seeds,
     first_above,
     fluctuation,
+    holm,
     iou_variation,
     mean_iou,
     mean_of_last,
@@ -144,6 +145,26 @@ def test_the_bootstrap_takes_other_scores_and_the_mean_over_cycles():
         ]
         assert got.mean == pytest.approx(np.mean(score[0]) - np.mean(score[1]))
         assert got.low < got.mean < got.high
+
+
+def test_the_p_of_a_difference_goes_with_its_interval():
+    """Near the exact chance on additive counts, where the difference is normal."""
+    for mean in (0.0, 3.0, 9.0):
+        rng = keyed_rng("p", int(mean))
+        seeds, sources = rng.normal(mean, 4, 20).round(), rng.normal(0, 4, 60).round()
+        got = paired_bootstrap(*additive(seeds.tolist(), sources.tolist()), keyed_rng("b"), draws=4000)
+        z = (seeds.mean() + sources.mean()) / math.sqrt(seeds.var() / 20 + sources.var() / 60)
+        assert got.p == pytest.approx(math.erfc(abs(z) / math.sqrt(2)), abs=0.05)
+        assert (got.p < 0.05) == (got.low > 0 or got.high < 0)
+    same = additive([1, 2, 3], [0, 0, 0])[0]
+    assert paired_bootstrap(same, same, keyed_rng("b"), draws=50).p == 1
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.6]) == [1, 1]
+    assert holm([0.02]) == [0.02]
+    assert holm([]) == []
 
 
 def test_an_interval_over_seeds_needs_two_of_them():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,16 @@ from raysed.errors import UsageError
 from raysed.io.ledger import Manifest
 from raysed.io.storage import Storage
 from raysed.report import runfile
-from raysed.report.evidence import METRICS, by_labels, curve, goal, summary_rows, verdict, write_evidence
+from raysed.report.evidence import (
+    COUNTED,
+    METRICS,
+    by_labels,
+    curve,
+    goal,
+    summary_rows,
+    verdict,
+    write_evidence,
+)
 from raysed.report.evidence import read_arms as read
 from raysed.report.runfile import RunFile
 
@@ -146,8 +156,56 @@ def test_one_seed_has_no_deviation_but_an_interval_over_images(tmp_path):
     rows = {(r["arm"], r["metric"]): r for r in json.loads(storage.read("summary.json"))}
     assert rows["defensive", "miou"]["sd"] is None
     assert rows["defensive", "miou"]["ci_low"] is not None
+    assert rows["defensive", "miou"]["interval"] == "sources"
     assert rows["defensive", "aulc_tiles"]["ci_low"] is None
     assert math.isfinite(rows["defensive", "aulc_tiles"]["minus_best_passive"])
+
+
+def test_the_best_passive_arm_is_that_of_the_seeds_that_all_have(tmp_path):
+    storage = Storage(str(tmp_path))
+    for seed in range(6):
+        found = replace(run_file("defensive" if seed == 0 else "uniform", seed), name="uniform")
+        storage.write(found.path, found.to_bytes())
+    found = run_file(
+        "epoch-queue", 0
+    )  # better than most of uniform's seeds, worse than the one it can be compared with
+    storage.write(found.path, found.to_bytes())
+    assert {r["best_passive"] for r in summary_rows(read(storage, KINDS, FILES), "dev")} == {"uniform"}
+
+
+def test_arms_of_two_protocols_stand_in_one_table(tmp_path):
+    storage = Storage(str(tmp_path))
+    for arm in ("uniform", "defensive"):
+        found = run_file(arm, 0)
+        if arm == "defensive":
+            for m in found.cycles:
+                m.record["labelled"] = 10 * (1 + m.cycle // 3)
+            found.facts["config"]["select"]["protocol"] = "pool"
+        storage.write(found.path, found.to_bytes())
+    write_evidence(storage, KINDS, FILES, "dev")
+    rows = {(r["arm"], r["metric"]): r for r in json.loads(storage.read("summary.json"))}
+    assert rows["defensive", "aulc_labels"]["mean"] > 0
+    assert rows["defensive", "aulc_labels"]["minus_best_passive"] is None
+    assert rows["defensive", "miou"]["minus_best_passive"] > 0
+
+
+def test_runs_judged_by_other_images_are_not_compared(results):
+    found = run_file_of(results, "defensive")
+    found.facts["sources"]["names"][0] = "elsewhere"
+    results.write(found.path, found.to_bytes())
+    with pytest.raises(UsageError, match=r"defensive-seed0\.jsonl is of other validation images than"):
+        read(results, KINDS, FILES)
+
+
+def test_a_win_is_corrected_for_the_number_of_arms(results):
+    rows = summary_rows(read(results, KINDS, FILES), "dev")
+    found = {r["arm"]: r for r in rows if r["metric"] == "miou"}
+    assert [found[a]["p_holm"] for a in ("epoch-queue", "ceiling")] == [None, None]
+    assert found["defensive"]["p"] <= found["defensive"]["p_holm"] <= 2 * found["defensive"]["p"]
+    assert all(r["p"] is None for r in rows if r["metric"] not in COUNTED)
+    ours = found["defensive"]
+    assert verdict({**ours, "p_holm": 0.051}) == "better alone"
+    assert verdict({**ours, "p_holm": 0.049}) == "better"
 
 
 def test_without_a_passive_arm_there_is_nothing_to_judge_by(tmp_path):
