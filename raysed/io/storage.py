@@ -231,11 +231,13 @@ class Storage:
 
     def _open(self, full: str) -> Any:
         with self._lock:
-            if full not in self._files:
-                if len(self._files) >= 512:
-                    self._files.clear()
-                self._files[full] = self._arrow.open_input_file(full)
-            return self._files[full]
+            if full in self._files:
+                return self._files[full]
+        file = self._arrow.open_input_file(full)  # a round trip, beside those for other objects
+        with self._lock:
+            if len(self._files) >= 512:
+                self._files.clear()
+            return self._files.setdefault(full, file)
 
     @cached_property
     def _files(self) -> dict[str, Any]:

@@ -16,7 +16,9 @@ import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import cache
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +35,8 @@ FORMAT = 1
 ROW_GROUP = 16
 REREADS = 2
 """Times a tile is fetched again whose bytes have another hash: they may have changed on the way only."""
+SHARDS_AT_ONCE = 8
+"""That one call reads from."""
 _FIELDS = [
     pa.field("tile_id", pa.string()),
     pa.field("region", pa.string()),
@@ -358,10 +362,17 @@ def _read_once(storage: Storage, locations: Sequence[dict], side: int, classes: 
                 wanted[at["shard"]].append((position, kind, (at[f"{kind}_offset"], at[f"{kind}_length"])))
     parts: list[dict[str, bytes]] = [{} for _ in locations]
     missing: dict[int, str] = {}
-    for shard, wants in wanted.items():
+
+    def pieces_of(shard: str) -> list[bytes] | None:
         try:
-            pieces = storage.read_ranges(shard, [span for _, _, span in wants])
+            return storage.read_ranges(shard, [span for _, _, span in wanted[shard]])
         except FileNotFoundError:
+            return None
+
+    # one after the other, every shard would cost a round trip to the bucket; a disk has none, and its readers may fork
+    each = map if storage.is_local else _shards().map
+    for (shard, wants), pieces in zip(wanted.items(), each(pieces_of, wanted), strict=True):
+        if pieces is None:
             missing.update({position: f"shard {shard} is missing" for position, _, _ in wants})
             continue
         for (position, kind, _), piece in zip(wants, pieces, strict=True):
@@ -370,6 +381,11 @@ def _read_once(storage: Storage, locations: Sequence[dict], side: int, classes: 
         BadTile(at["tile_id"], missing[i], "") if i in missing else _decode(at, parts[i], side, classes)
         for i, at in enumerate(locations)
     ]
+
+
+@cache
+def _shards() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(SHARDS_AT_ONCE, thread_name_prefix="raysed-shard")
 
 
 def _decode(at: dict, part: dict[str, bytes], side: int, classes: int) -> Tile | BadTile:

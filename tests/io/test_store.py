@@ -1,3 +1,4 @@
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -75,6 +76,27 @@ def test_a_random_fifth_costs_at_most_a_tenth_more_bytes_than_its_tiles(made, mo
     read_tiles(opened.storage, opened.locations([t["tile_id"] for t in chosen]), SIDE)
     own = sum(len(t["image"]) + len(t["label"] or b"") for t in chosen)
     assert own <= sum(fetched) <= own + 10 * 8192  # never whole row groups; gaps up to 8 kB share a request
+
+
+def test_shards_of_a_bucket_are_read_side_by_side(tmp_path, monkeypatch):
+    storage, tiles = Storage(str(tmp_path)), rows(8)
+    index = [
+        store.write_shard(storage, f"shards/part-{k:05d}.parquet", tiles[4 * k : 4 * k + 4]) for k in range(2)
+    ]
+    store.finish(
+        storage, name="x", classes=OPENEARTHMAP, ignore=(0,), tile_size=SIDE, index=pa.concat_tables(index)
+    )
+    opened, met = Store.open(str(tmp_path)), threading.Barrier(2)
+    original = store.Storage.read_ranges
+
+    def meeting(self, path, spans):
+        met.wait(30)  # for the request of the other shard
+        return original(Storage(self.uri), path, spans)
+
+    monkeypatch.setattr(store.Storage, "read_ranges", meeting)
+    monkeypatch.setattr(opened.storage, "is_local", False)
+    read = read_tiles(opened.storage, opened.locations([t["tile_id"] for t in tiles]), SIDE)
+    assert [t.tile_id for t in read] == [t["tile_id"] for t in tiles]
 
 
 def test_shards_are_ordinary_parquet(made):
