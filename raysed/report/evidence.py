@@ -50,14 +50,16 @@ FLUCTUATION_LIMIT, TIME_LIMIT = 1.1, 1.05
 LEVEL = 0.05
 """Chance of any false win among the arms."""
 NOTE = f"""miou, worst_class (IoU of the worst class) and cv (standard deviation over mean of the class IoU) are means of the last {LAST} cycles.
-aulc is the area under the curve of miou over the range of cost that all arms share, in units of miou: by tiles trained on; by
-compute, in forward passes (a training visit counts 3, a scored tile 1, less at smaller side; validation is alike for all and left
-out, and so is the run that select.reference names); by seconds of whole cycles; by labels bought, of runs that buy them, at the end of each round.  fluctuation is the standard deviation of the change of miou from cycle to cycle in the second half.
-time_ratio is the median warm cycle's seconds over that of the best passive arm.  Differences are to the best passive arm, paired by
-seed; brackets hold 95 % bootstrap intervals, of miou, worst_class and cv over seeds and source images, of the others over seeds
-alone: both are too narrow for few seeds, and one seed leaves the images.  The best passive arm was picked by the same numbers, of the
-seeds that all passive arms have, which favours it.  A win is alone if its interval is apart from 0 and its p, corrected for the number
-of competing arms by Holm's steps, is not below {LEVEL}."""
+aulc is the area under the curve of miou over the range of cost that all arms but the ceiling share, in units of miou (the
+ceiling has none where its first cycle costs more than theirs): by tiles trained on; by compute, in forward passes (a training
+visit counts 3, a scored tile 1, less at smaller side; validation is alike for all and left out, and so is the run that
+select.reference names); by seconds of whole cycles; by labels bought, of runs that buy them, at the end of each
+round.  fluctuation is the standard deviation of the change of miou from cycle to cycle in the second half. time_ratio is the
+median warm cycle's seconds over that of the best passive arm.  Differences are to the best passive arm, paired by seed;
+brackets hold 95 % bootstrap intervals, of miou, worst_class and cv over seeds and source images, of the others over seeds
+alone: both are too narrow for few seeds, and one seed leaves the images.  The best passive arm was picked by the same numbers,
+of the seeds that all passive arms have, which favours it.  A win is alone if its interval is apart from 0 and its p, corrected
+for the number of competing arms by Holm's steps, is not below {LEVEL}."""
 
 
 @dataclass(frozen=True)
@@ -202,12 +204,14 @@ def summary_rows(arms: Sequence[Judged], split: str) -> list[Row]:
     """The rows of `summary.json`."""
     values = {a.name: {r.seed: _values(r) for r in a.runs} for a in arms}
     curves = {a.name: {r.seed: curve(r) for r in a.runs} for a in arms}
+    competing = [a.name for a in arms if a.kind != "ceiling"]
     for cost in COSTS:
-        every = [c[cost] for own in curves.values() for c in own.values()]
+        every = [c[cost] for name in competing for c in curves[name].values()]
         low, high = max(c[0] for c in every), min(c[-1] for c in every)
         for name, own in curves.items():
             for seed, c in own.items():
-                area = aulc_between(c[cost].tolist(), c["miou"].tolist(), low, high)
+                covers = c[cost][0] <= low and high <= c[cost][-1]
+                area = aulc_between(c[cost].tolist(), c["miou"].tolist(), low, high) if covers else None
                 values[name][seed][f"aulc_{cost}"] = area
     buyers = [a.name for a in arms if a.buys_labels]
     ends = {name: {s: by_labels(c) for s, c in curves[name].items()} for name in buyers}
