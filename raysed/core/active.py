@@ -212,7 +212,7 @@ def k_center(
     """
     pool = Pool(scores, index)
     features = pool.scores("features").astype(np.float32)
-    known = np.flatnonzero(~np.isnan(features).any(1))
+    known = np.flatnonzero(np.isfinite(features).all(1))
     others = rng.permutation(np.setdiff1d(np.arange(len(pool)), known))
     steps = min(budget, len(known))
     chosen, radii = np.zeros(steps, int), np.zeros(steps)

@@ -53,11 +53,11 @@ class Pool:
         return matrix(self._scored(name))
 
     def other_scores(self, name: str) -> np.ndarray:
-        """(M, width) column of lists of the scores, of the tiles in order of tile_id that the index does not have; only known ones."""
+        """(M, width) column of lists of the scores, of the tiles in order of tile_id that the index does not have; only finite ones."""
         assert self._scores is not None
         others = self._scores.filter(pc.invert(pc.is_in(self._scores["tile_id"], self._ids)))
         values = matrix(others.sort_by("tile_id")[name])
-        return values[~np.isnan(values).any(1)]
+        return values[np.isfinite(values).all(1)]
 
     @cached_property
     def pixels(self) -> np.ndarray:

@@ -274,6 +274,18 @@ def test_k_center_takes_the_farthest_each_time():
         assert radii[chosen[step]] == pytest.approx(max(radii), rel=1e-4)
 
 
+def test_features_beyond_their_float_type_are_no_place_in_space():
+    scores, index = world()
+    points = np.array(scores["features"].to_pylist())
+    points[[5, 20]] = np.inf  # a sum over pixels that half precision cannot hold
+    left = index.filter(pa.array(i != 5 for i in range(N)))
+    found = scores.set_column(scores.column_names.index("features"), "features", lists(points))
+    chosen = k_center(found, left, {}, N - 1, keyed_rng("x"))
+    assert sorted(chosen.tile_ids) == sorted(left["tile_id"].to_pylist())
+    assert chosen.tile_ids[-1] == "t20"
+    assert chosen.reasons[-1] == "not scored"
+
+
 def test_tiles_that_cannot_be_selected_are_centers_from_the_start():
     scores, index = world()
     points = np.array(scores["features"].to_pylist())
