@@ -1,23 +1,24 @@
 """Inject faults into small runs on this machine and see what is lost: a SeaweedFS behind a proxy that breaks requests, a Ray head
 and two nodes, processes killed, stopped and starved while they are known to be busy.
 
-    make chaos                              all faults, about fifteen minutes on two cores
+    make chaos                              all faults, about forty minutes on two cores
     make chaos FAULTS="F1 F21"
-    python jobs/chaos.py --soak 30 --seed 7       draws faults for so many minutes
+    python jobs/chaos.py --soak 30 --seed 7       one run of so many minutes under about a fault a minute
     python jobs/chaos.py F20 F21 --mutant no-hash-check      leaves a guard out: its row must be lost
 
 A row survives if the faulted run's ledger equals the calm one's, verifies, and shows every selected tile visited once.  Exit 0 if no
-row is lost, 4 otherwise; a run of all faults writes results/chaos/latest.json.  Needs the extra `local`.
+row is lost, 4 otherwise.  Rows go into results/chaos/latest.json, in place of those of the same name.  Needs the extra `local`.
 """
 
 import contextlib
 import json
-import random
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from raysed import cli
 from raysed.cluster.chaos import Bench, Row, attempt, small_store, table
@@ -25,11 +26,11 @@ from raysed.cluster.faulted import MUTANTS
 from raysed.cluster.faultproxy import FaultProxy
 from raysed.cluster.faults import FAULTS, ORDER
 from raysed.cluster.local import LocalCluster, ObjectServer
+from raysed.cluster.soak import Soak
 from raysed.errors import DataError, UsageError
 from raysed.io.provenance import environment
 
 OUT = Path(__file__).resolve().parents[1] / "results/chaos"
-SOAKED = ("F1", "F3", "F5", "F10")
 
 
 def job(argv: Sequence[str]) -> None:
@@ -39,27 +40,43 @@ def job(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--mutant", choices=sorted(MUTANTS), help="leave this guard out in the faulted processes"
     )
-    parser.add_argument("--soak", type=float, metavar="MINUTES", help="draw faults at random for so long")
+    parser.add_argument(
+        "--soak", type=float, metavar="MINUTES", help="F30: draw faults for one run of so long"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the draws of --soak")
     args = parser.parse(argv)
-    names = args.faults or list(SOAKED if args.soak else ORDER)
+    if args.soak is not None and (args.faults or args.soak <= 0):
+        raise UsageError(f"--soak takes minutes and no faults, got {args.soak:g} and {args.faults}")
+    names = args.faults or ([] if args.soak else list(ORDER))
     if unknown := [n for n in names if n not in FAULTS]:
         raise UsageError(f"no fault {unknown[0]}: there are {' '.join(ORDER)}")
-    rows = chaos(names, mutant=args.mutant, soak=args.soak, seed=args.seed)
+    rows, soaked = chaos(names, mutant=args.mutant, soak=args.soak, seed=args.seed)
     lost = [r.fault for r in rows if r.verdict == "lost"]
     print(f"\n{table(rows)}\n\n{len(rows)} rows, {len(lost)} lost", flush=True)
-    if not (args.mutant or args.faults or args.soak):
-        OUT.mkdir(parents=True, exist_ok=True)
-        latest = {"commit": environment().get("commit"), "rows": [asdict(r) for r in rows]}
-        (OUT / "latest.json").write_text(json.dumps(latest, indent=1) + "\n")
+    if not args.mutant:
+        keep(rows, soaked)
     if lost:
         raise DataError(f"lost: {', '.join(lost)}: see the notes of their rows")
 
 
-def chaos(names: Sequence[str], *, mutant: str | None, soak: float | None, seed: int) -> list[Row]:
+def keep(rows: Sequence[Row], soaked: dict[str, Any]) -> None:
+    """Write rows into `latest.json`, each with the commit it was seen at, in the order of the faults."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    file = OUT / "latest.json"
+    before = json.loads(file.read_text()) if file.exists() else {"rows": [], "soak": {}}
+    commit = environment().get("commit")
+    seen = {r["fault"]: r for r in before["rows"]} | {r.fault: {**asdict(r), "commit": commit} for r in rows}
+    ordered = sorted(seen.values(), key=lambda r: int(r["fault"].split()[0][1:]))
+    soak = {**soaked, "commit": commit} if soaked else before["soak"]
+    file.write_text(json.dumps({"rows": ordered, "soak": soak}, indent=1) + "\n")
+
+
+def chaos(
+    names: Sequence[str], *, mutant: str | None, soak: float | None, seed: int
+) -> tuple[list[Row], dict[str, Any]]:
     """Try faults one after the other, on what they need."""
     chosen = {f"{n} {v}": fault for n in names for v, fault in FAULTS[n].items()}
-    needs_bucket = any(f.bucket or f.kind == "active" for f in chosen.values())
+    needs_bucket = soak or any(f.bucket or f.kind != "walk" for f in chosen.values())
     with contextlib.ExitStack() as stack:
         folder = Path(
             stack.enter_context(
@@ -69,9 +86,9 @@ def chaos(names: Sequence[str], *, mutant: str | None, soak: float | None, seed:
         bench = Bench(folder, data := str(folder / "tiles"), str(folder / "runs"), {}, mutant=mutant)
         small_store(data)
         walks = {n: f for n, f in chosen.items() if f.kind == "walk" and not f.bucket}
-        rows = [shown(attempt(bench, n, f)) for n, f in walks.items() if not soak]
+        rows = [shown(attempt(bench, n, f)) for n, f in walks.items()]
         if not needs_bucket:
-            return rows
+            return rows, {}
         server = stack.enter_context(ObjectServer(folder / "s3"))
         server.bucket("raysed")
         proxy = stack.enter_context(FaultProxy(server.endpoint, seed))
@@ -81,25 +98,24 @@ def chaos(names: Sequence[str], *, mutant: str | None, soak: float | None, seed:
         bench = Bench(
             folder / "remote", "s3://raysed/tiles", "s3://raysed/runs", through, proxy, server, mutant=mutant
         )
-        rows += [shown(attempt(bench, n, f)) for n, f in chosen.items() if f.bucket and not soak]
-        real = {n: f for n, f in chosen.items() if f.kind == "active"}
-        if not real:
-            return rows
+        rows += [shown(attempt(bench, n, f)) for n, f in chosen.items() if f.bucket]
+        real = {n: f for n, f in chosen.items() if f.kind != "walk"}
+        if not (real or soak):
+            return rows, {}
 
-        def new_cluster() -> LocalCluster:
-            made = stack.enter_context(LocalCluster(folder / f"ray-{time.monotonic_ns()}", through))
+        def new_cluster(more: dict[str, str]) -> LocalCluster:
+            made = stack.enter_context(
+                LocalCluster(folder / f"ray-{time.monotonic_ns()}", {**through, **more})
+            )
             made.add_node()
             made.add_node()
             return made
 
-        bench.cluster, bench.new_cluster = new_cluster(), new_cluster
-        if not soak:
-            return rows + [shown(attempt(bench, n, f)) for n, f in real.items()]
-        draws, until = random.Random(seed), time.monotonic() + soak * 60
-        while time.monotonic() < until:
-            name = draws.choice(sorted(real))
-            rows.append(shown(attempt(bench, name, real[name])))
-        return rows
+        bench.cluster, bench.new_cluster = new_cluster({}), new_cluster
+        if soak:
+            row, facts = Soak(bench, soak, seed, partial(print, flush=True)).run()
+            return [shown(row)], facts
+        return rows + [shown(attempt(bench, n, f)) for n, f in real.items()], {}
 
 
 def shown(row: Row) -> Row:

@@ -14,15 +14,15 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 import pyarrow as pa
 
-from raysed.cluster.faulted import SPEC, forked
+from raysed.cluster.faulted import GATE, SPEC, forked
 from raysed.cluster.faultproxy import FaultProxy
 from raysed.cluster.local import LocalCluster, ObjectServer
 from raysed.core.synthetic import scene
@@ -35,13 +35,20 @@ from raysed.io.store import Store
 
 Verdict = Literal["survived", "lost", "not_promised"]
 CYCLES = 4
-PATIENCE = 150.0
+SIDE = 64
+"""Of a tile, pixels."""
+PATIENCE = 180.0
 """Seconds a job may take to reach its gate or its end: nothing may hang longer."""
 JOB = ("--arch", "unet:tu-test_resnet", "--workers", "2", "--cycles", str(CYCLES), "--select.tiles", "24", "--optim.batch", "8",
        "--optim.micro-batch", "4", "--optim.lr", "1e-3", "--cluster.chunk", "16", "--cluster.wait-nodes", "60",
        "--data.bad-tile-budget", "0.01", "--seed", "1")  # fmt: skip
-FAST_SIGNS = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "15"}
-"""How soon Ray Train gives a silent worker up; it would wait ten minutes otherwise."""
+FAST_SIGNS = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "15", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
+"""How soon Ray Train gives a silent worker up, and hears of a node that will go; ten minutes and 5 s otherwise."""
+Kind = Literal["walk", "active", "prepare", "tune"]
+SWEEP = ("--arch", "unet:tu-test_resnet", "--trials", "2", "--cycles", "2", "--select.tiles", "24", "--optim.batch", "8",
+         "--optim.micro-batch", "4", "--cluster.chunk", "16", "--cluster.wait-nodes", "60", "--seed", "1")  # fmt: skip
+FREE_SECONDS = 60.0
+"""Within which a job that has ended, however it ended, must have given everything back."""
 
 
 class Lost(Exception):
@@ -92,9 +99,14 @@ class Row:
     note: str
 
 
-def small_store(uri: str) -> None:
-    """160 tiles of 64 pixels, cut from 40 synthetic scenes; a fifth is validation."""
-    storage, rows, side = Storage(uri), [], 64
+def small_store(uri: str, labels: Mapping[str, bytes] | None = None) -> None:
+    """160 tiles of 64 pixels, cut from 40 synthetic scenes; a fifth is validation.
+
+    Args:
+        uri: where.
+        labels: tile id -> bytes that stand where its label belongs.
+    """
+    storage, rows, side = Storage(uri), [], SIDE
     for number in range(40):
         made = scene(0, number, side=2 * side)
         name = f"{made.region}_{number}"
@@ -105,7 +117,7 @@ def small_store(uri: str) -> None:
                 "tile_id": tile_id(name, row, col), "region": made.region, "source": name, "row": row, "col": col,
                 "split": "val" if number % 5 == 4 else "train", "pixels": pixel_counts(label, 8).tolist(), "crs": None,
                 "transform": None, "scale": [1.0, 1.0], "image": codec.encode_image(made.image[window]),
-                "label": codec.encode_label(label),
+                "label": (labels or {}).get(tile_id(name, row, col), codec.encode_label(label)),
             })  # fmt: skip
     parts = [rows[i : i + 64] for i in range(0, len(rows), 64)]
     shards = [
@@ -113,6 +125,32 @@ def small_store(uri: str) -> None:
     ]
     index = pa.concat_tables(shards)
     store.finish(storage, name="small", classes=OPENEARTHMAP, ignore=(0,), tile_size=side, index=index)
+
+
+def small_images(uri: str, spoilt: Mapping[str, bytes]) -> dict[str, str]:
+    """10 images of 128 pixels with their labels, for prepare.
+
+    Args:
+        uri: where.
+        spoilt: path -> bytes that stand there instead.
+
+    Returns:
+        Tile id -> sha256 of the tiles of 64 pixels that a store of the unspoilt images must hold.
+    """
+    storage, expected = Storage(uri), {}
+    classes = [asdict(c) for c in OPENEARTHMAP]
+    files = {"classes.json": json.dumps({"name": "small", "ignore": [0], "classes": classes}).encode()}
+    for number in range(10):
+        made, name = scene(0, number, side=2 * SIDE), f"small_{number}"
+        files[f"images/{name}.png"] = codec.encode_picture(made.image)
+        files[f"labels/{name}.png"] = codec.encode_label(made.label)
+        for row, col in itertools.product(range(2), range(2)):
+            window = slice(row * SIDE, (row + 1) * SIDE), slice(col * SIDE, (col + 1) * SIDE)
+            parts = codec.encode_image(made.image[window]), codec.encode_label(made.label[window])
+            expected[tile_id(name, row, col)] = codec.tile_hash(*parts)
+    for path, data in {**files, **spoilt}.items():
+        storage.write(path, data)
+    return expected
 
 
 @dataclass
@@ -134,15 +172,16 @@ class Bench:
     server: ObjectServer | None = None
     cluster: LocalCluster | None = None
     mutant: str | None = None
-    calm: dict[str, str] = field(default_factory=dict)
-    """Kind of job -> its calm run."""
-    new_cluster: Callable[[], LocalCluster] | None = None
+    calm: dict[tuple[str, ...], str] = field(default_factory=dict)
+    """Kind of job, place and flags -> its calm run."""
+    new_cluster: Callable[[dict[str, str]], LocalCluster] | None = None
+    """Starts a cluster like the one there is, with more in its environment."""
 
-    def calm_run(self, kind: str, where: str | None = None) -> str:
+    def calm_run(self, kind: Kind, where: str | None = None, flags: tuple[str, ...] = ()) -> str:
         """The undisturbed run to compare with, made when first asked for and never with a mutant."""
-        key = f"{kind} {where or ''}"
+        key = (kind, where or "", *flags)
         if key not in self.calm:
-            trial = Trial(self, f"calm {kind}", kind, root=where, mutant=None)
+            trial = Trial(self, f"calm {kind}", kind, root=where, mutant=None, flags=flags)
             trial.start()
             trial.ends(0)
             self.calm[key] = trial.run
@@ -155,17 +194,29 @@ class Trial:
     Args:
         bench: what it is tried on.
         name: of the fault.
-        kind: walk or active.
+        kind: of job.
         root: URI below which the run is made, if not the bench's.
         mutant: guard to leave out.
+        flags: of every job, besides those of its kind.
     """
 
-    def __init__(self, bench: Bench, name: str, kind: str, *, root: str | None, mutant: str | None) -> None:
-        self.bench, self.kind, self.mutant = bench, kind, mutant
+    def __init__(
+        self,
+        bench: Bench,
+        name: str,
+        kind: Kind,
+        *,
+        root: str | None,
+        mutant: str | None,
+        flags: tuple[str, ...] = (),
+    ) -> None:
+        self.bench, self.kind, self.mutant, self.flags = bench, kind, mutant, flags
         number = len(list(bench.folder.glob("trial-*")))
         self.folder = bench.folder / f"trial-{number:03d}-{name.replace(' ', '-')}"
         self.folder.mkdir(parents=True)
         self.run = f"{root or bench.root}/{self.folder.name}"
+        self.data = bench.data
+        """URI of the tiles, or of the images of prepare."""
         self.struck: float | None = None
         self.ended: float | None = None
         self.compared = True
@@ -178,22 +229,20 @@ class Trial:
         """Of the faulted run; only reads."""
         return Ledger(Storage(self.run))
 
-    def start(
-        self, *gate: Any, data: str | None = None, flags: tuple[str, ...] = (), **inside: Any
-    ) -> Running:
-        """Start the job; a gate (point, cycle, rank) stops it there once."""
-        spec = {"folder": str(self.folder), "gate": list(gate) or None, "mutant": self.mutant, **inside}
-        data = data or self.bench.data
-        if self.kind == "walk":
-            argv = ["walk", data, self.run, str(CYCLES), *flags]
-        else:
-            argv = ["active", "--data", data, "--run", self.run, *JOB, *flags]
+    def start(self, *gates: tuple[str, int, int], flags: tuple[str, ...] = (), **inside: Any) -> Running:
+        """Start the job; each gate (point, cycle, rank) stops it there once."""
+        spec = {"folder": str(self.folder), "gates": list(gates), "mutant": self.mutant, **inside}
+        argv = {
+            "walk": ["walk", self.data, self.run, str(CYCLES)],
+            "active": ["active", "--data", self.data, "--run", self.run, *JOB],
+            "prepare": ["prepare", "--source", self.data, "--target", self.run],
+            "tune": ["tune", "--data", self.data, "--run", self.run, *SWEEP],
+        }[self.kind] + [*self.flags, *flags]
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAYSED_", "RAY_"))}
-        cluster = self.bench.cluster.environment if self.bench.cluster and self.kind == "active" else {}
+        cluster = self.bench.cluster.environment if self.bench.cluster and self.kind != "walk" else {}
         environment |= {**cluster, **FAST_SIGNS, **self.bench.environment, SPEC: json.dumps(spec)}
-        if gate:
-            for name in ("taken", "reached", "go"):
-                (self.folder / name).unlink(missing_ok=True)
+        for number, kind in itertools.product(range(len(gates)), GATE):
+            (self.folder / f"{kind}-{number}").unlink(missing_ok=True)
         log = self.folder / f"job-{len(self.processes)}.log"
         process: Running
         if self.kind == "walk":
@@ -207,22 +256,36 @@ class Trial:
         self.processes.append(process)
         return process
 
-    def at_gate(self) -> int:
-        """Wait until a process waits at the gate; its pid."""
+    def at_gate(self, number: int = 0) -> int:
+        """Wait until a process waits at a gate; its pid."""
+        reached = self.folder / f"reached-{number}"
+        self.wait(reached.exists, "the gate was not reached")
+        return int(reached.read_text())
+
+    def wait(self, seen: Callable[[], Any], otherwise: str, *, every: float = 0.05) -> None:
+        """Wait until something is so, while a job runs.
+
+        Args:
+            seen: whether it is.
+            otherwise: what to say if it does not become so.
+            every: seconds between two looks.
+
+        Raises:
+            Lost: it is not so within `PATIENCE`.
+        """
         until = time.monotonic() + PATIENCE
-        while not (self.folder / "reached").exists():
+        while not seen():
             if time.monotonic() > until or all(p.poll() is not None for p in self.processes):
-                raise Lost(f"the gate was not reached: {self.said()}")
-            time.sleep(0.05)
-        return int((self.folder / "reached").read_text())
+                raise Lost(f"{otherwise}: {self.said()}")
+            time.sleep(every)
 
     def strike(self) -> None:
         """Note the moment of the injection, while the target waits at the gate."""
         self.struck = time.time()
 
-    def go(self) -> None:
-        """Open the gate."""
-        (self.folder / "go").touch()
+    def go(self, number: int = 0) -> None:
+        """Open a gate."""
+        (self.folder / f"go-{number}").touch()
 
     def kill(self, pid: int) -> None:
         """SIGKILL a process at the gate."""
@@ -232,11 +295,12 @@ class Trial:
     def ends(self, code: int, process: Running | None = None) -> None:
         """Wait for the end of a job, which must be this exit code."""
         process = process or self.processes[-1]
+        patience = PATIENCE * (2 if self.kind == "tune" else 1)
         try:
-            found = process.wait(PATIENCE)
+            found = process.wait(patience)
         except subprocess.TimeoutExpired:
             stop(process)
-            raise Lost(f"the job still ran after {PATIENCE:.0f} s: {self.said()}") from None
+            raise Lost(f"the job still ran after {patience:.0f} s: {self.said()}") from None
         self.ended = self.ended or (time.time() if self.struck else None)
         if found != code:
             raise Lost(f"exit code {found} instead of {code}: {self.said()}")
@@ -269,9 +333,13 @@ class Trial:
 
     def judged(self, fault: str, verdict: Verdict, note: str) -> Row:
         """The row of this trial."""
-        steps = Counter((e["rank"], e["cycle"], e["step"]) for e in self.events("step"))
+        steps = Counter(
+            (e["rank"], e["cycle"], e["step"]) for e in self.events("step") if self.kind in ("walk", "active")
+        )
         lost = sum(n - 1 for (rank, _, _), n in steps.items() if rank == 0)
-        visits = Counter((e["cycle"], t) for e in self.events("tiles") for t in e["ids"])
+        visits = Counter(
+            (e["cycle"], t) for e in self.events("tiles") for t in e["ids"] if self.kind in ("walk", "active")
+        )
         detected = recovered = None
         if self.struck:
             signs = [e["at"] for e in self.events("start") if e["at"] > self.struck]
@@ -282,18 +350,23 @@ class Trial:
         repeated = sum(n - 1 for n in visits.values())
         return Row(fault, detected, recovered, lost, repeated, verdict, note)
 
+    def calm(self) -> str:
+        """The undisturbed run of the same job."""
+        root = self.run.rpartition("/")[0]
+        return self.bench.calm_run(self.kind, root if root != self.bench.root else None, self.flags)
+
     def check(self) -> None:
         """Compare with the calm run, verify, count visits.
 
         Raises:
             Lost: with the first of what does not hold.
         """
-        tiles = Store.open(self.bench.data)
+        if self.kind in ("prepare", "tune"):
+            return  # they have no ledger of their own: their faults compare what they made
+        tiles = Store.open(self.data)
         wrong = verify(self.ledger, tiles.split("train"))
         if self.compared:
-            root = self.run.rpartition("/")[0]
-            calm = self.bench.calm_run(self.kind, root if root != self.bench.root else None)
-            wrong += difference(Ledger(Storage(calm)), self.ledger)
+            wrong += difference(Ledger(Storage(self.calm())), self.ledger)
         for manifest in self.ledger.manifests():
             commit = [e for e in self.events("commit", "committed") if e["cycle"] == manifest.cycle][-1]
             group = {e["rank"]: e["pid"] for e in self.events("start") if e["at"] < commit["at"]}
@@ -330,7 +403,9 @@ class Fault:
 
     act: Callable[[Trial], None]
     """Injects it and brings the run to its end; raises `Lost`."""
-    kind: Literal["walk", "active"]
+    kind: Kind
+    flags: tuple[str, ...] = ()
+    """Of its jobs, and of the calm one."""
     bucket: bool = False
     """Whether a walk needs the object store behind the proxy."""
     in_place: bool = True
@@ -341,7 +416,8 @@ def attempt(bench: Bench, name: str, fault: Fault) -> Row:
     """Try one fault."""
     disk = str(bench.folder / "runs")
     trial = Trial(
-        bench, name, fault.kind, root=disk if fault.kind == "walk" and not fault.bucket else None, mutant=bench.mutant
+        bench, name, fault.kind, root=disk if fault.kind == "walk" and not fault.bucket else None,
+        mutant=bench.mutant, flags=fault.flags,
     )  # fmt: skip
     before = len(bench.proxy.injected) if bench.proxy else 0
     try:

@@ -74,7 +74,7 @@ Pixels = list[tuple[int, np.ndarray]]
 EXAMPLES, EXAMPLES_EVERY = 4, 5
 """Validation tiles that are pictured with label and prediction, and the cycles between pictures."""
 NOTICE_STEPS = 8
-"""Steps between two looks for a notice that a node is about to be taken away."""
+"""Steps between two looks for a notice that a node is about to be taken away, and between two commits once there is one."""
 BEAT_SECONDS = 2.0
 """Between two signs of life of rank 0."""
 SKIPPED_STEPS = 3
@@ -613,8 +613,8 @@ class Worker:
         """Whether to commit inside the cycle after so many steps: asked for, or a node is about to be taken away."""
         every = self.exp.cluster.commit_every_steps
         due = bool(every) and done % every == 0  # type: ignore[operator]
-        if done % NOTICE_STEPS == 0 and not self._noticed and ray.train.get_preemption_info() is not None:
-            if self.rank == 0:
+        if done % NOTICE_STEPS == 0 and ray.train.get_preemption_info() is not None:  # until it is gone
+            if self.rank == 0 and not self._noticed:
                 self._say("a node will be taken away: committing")
             self._noticed = due = True
         return due

@@ -1,10 +1,11 @@
 """A process that chaos breaks: the real job, or a walk through the ledger without training, with a trace, a gate and perhaps a mutant.
 
-    python -m raysed.cluster.faulted active --data ... --run ...      jobs/active.py, its workers and scorers prepared alike
+    python -m raysed.cluster.faulted active --data ... --run ...      jobs/active.py or another, all its processes prepared alike
     python -m raysed.cluster.faulted walk DATA RUN CYCLES [LR]        ledger, lease, store and selection; weights are a chain of hashes
 
-What to do is in RAYSED_FAULTED (JSON): `folder` for trace and gate; `gate` (point, cycle, rank) where one process waits, once, for
-whoever wants to break it there; `mutant`, the guard to leave out; `nan`, `file_limit` and `skew`, faults that come from inside.
+What to do is in RAYSED_FAULTED (JSON): `folder` for trace and gates; `gates`, each a (point, cycle, rank) where one process waits,
+once, for whoever wants to break it there; `mutant`, the guard to leave out; `nan`, `file_limit`, `skew`, `salt` (other weights) and
+`poison` (a tile that kills the scorer which decodes it), faults that come from inside.
 Nothing of this is in the library: it is patched in before the job starts.
 """
 
@@ -15,10 +16,11 @@ import json
 import os
 import resource
 import runpy
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -28,6 +30,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = "RAYSED_FAULTED"
 _now = time.time  # of the trace, whatever a fault does to the clock
+GATE = ("taken", "reached", "go")
+"""Files of a gate: somebody waits, who it is, and that it may go on."""
 GATE_SECONDS = 90.0
 """Until a process that waits at the gate goes on by itself."""
 
@@ -46,21 +50,29 @@ def trace(event: str, **fields: Any) -> None:
 
 
 def point(name: str, cycle: int, rank: int = 0) -> None:
-    """A named point of a cycle: wait here if this is the gate and nobody has waited yet."""
-    if spec().get("gate") != [name, cycle, rank]:
+    """A named point of a cycle: wait here if this is a gate and nobody has waited at it yet."""
+    gates = spec().get("gates", [])
+    if [name, cycle, rank] not in gates:
         return
-    folder = Path(spec()["folder"])
-    try:
-        os.close(os.open(folder / "taken", os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
+    number = gates.index([name, cycle, rank])
+    taken, reached, go = (Path(spec()["folder"], f"{kind}-{number}") for kind in GATE)
+    if not _first(taken):
         return
     trace("gate", point=name, cycle=cycle)
-    (folder / "reached.tmp").write_text(str(os.getpid()))
-    os.replace(folder / "reached.tmp", folder / "reached")
+    (partial := reached.with_suffix(".tmp")).write_text(str(os.getpid()))
+    os.replace(partial, reached)
     until = time.monotonic() + GATE_SECONDS
-    while not (folder / "go").exists() and time.monotonic() < until:
+    while not go.exists() and time.monotonic() < until:
         time.sleep(0.02)
     trace("left", point=name, cycle=cycle)
+
+
+def _first(path: Path) -> bool:
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
 
 
 # Mutants: each leaves out one guard.
@@ -90,6 +102,36 @@ def _no_fencing(ledger: ModuleType) -> None:
     ledger.Ledger._fence = lambda self: None
 
 
+def _one_folder(ledger: ModuleType) -> None:
+    begin = ledger.Ledger.__init__
+
+    def begun(self: Any, storage: Any, epoch: int | None = None, start: int = 1) -> None:
+        begin(self, storage, epoch)
+        self._by = ""
+
+    ledger.Ledger.__init__ = begun
+
+
+def _no_blame(scoring: Any) -> None:
+    scoring.DEATHS, scoring.PATIENCE = 1 << 30, 60.0
+
+
+def _no_notice(cycles: ModuleType) -> None:
+    cycles.ray.train.get_preemption_info = lambda: None
+
+
+def _no_budget(cycles: ModuleType) -> None:
+    def keep(self: Any, bad: Any) -> None:
+        self.quarantine |= {tile.tile_id: tile for tile in bad}
+
+    cycles.Worker._quarantine = keep
+
+
+def _any_label(store: Any) -> None:
+    decode = store._decode
+    store._decode = lambda at, part, side, classes: decode(at, part, side, 255)
+
+
 def _no_retry(storage: Any) -> None:
     storage._ATTEMPTS = 1
 
@@ -112,6 +154,11 @@ MUTANTS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "manifest-first": ("raysed.io.ledger", _manifest_first),
     "no-hash-check": ("raysed.io.ledger", _no_hash_check),
     "no-fencing": ("raysed.io.ledger", _no_fencing),
+    "one-folder": ("raysed.io.ledger", _one_folder),
+    "no-blame": ("raysed.cluster.scoring", _no_blame),
+    "no-notice": ("raysed.cluster.cycles", _no_notice),
+    "no-budget": ("raysed.cluster.cycles", _no_budget),
+    "any-label": ("raysed.io.store", _any_label),
     "no-retry": ("raysed.io.storage", _no_retry),
     "no-reread": ("raysed.io.store", _no_reread),
     "seed-by-call": ("raysed.core.randomness", _seed_by_call),
@@ -123,13 +170,15 @@ MUTANTS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
 
 
 def _watch_storage(storage: ModuleType) -> None:
-    """A gate after the first object of a cycle was written."""
+    """Gates before and after the first object of a cycle is written."""
 
     def watched(inner: Callable[[Any, str, bytes], Any]) -> Callable[[Any, str, bytes], Any]:
         def put(self: Any, path: str, data: bytes) -> Any:
+            if not path.startswith("cycle_"):
+                return inner(self, path, data)
+            point("payload", int(path[6:10]))
             result = inner(self, path, data)
-            if path.startswith("cycle_"):
-                point("write", int(path[6:10]))
+            point("write", int(path[6:10]))
             return result
 
         return put
@@ -142,6 +191,7 @@ def _watch_storage(storage: ModuleType) -> None:
 def _watch_cycles(cycles: ModuleType) -> None:
     """Starts of ranks, steps, tiles and points of the cycle; NaN in a step."""
     at, begin, step, take = cycles.Worker._at, cycles.Worker.__init__, cycles.Learner.step, cycles.Stream.take
+    condemn = cycles.Worker._quarantine
     rank = cycles.ray.train.get_context
 
     def began(self: Any, *args: Any) -> None:
@@ -151,14 +201,13 @@ def _watch_cycles(cycles: ModuleType) -> None:
     def reached(self: Any, name: str, cycle: int) -> None:
         at(self, name, cycle)
         if self.rank == 0:
-            trace(name, cycle=cycle)
+            trace(name, cycle=cycle, run=self.arm.experiment.run)
             point(name, cycle)
 
     def stepped(self: Any, micro: Any, *, key: Any, **rest: Any) -> Any:
         own, cycle, number = rank().get_world_rank(), key[2], key[3]
-        if number == 1:
-            point("step", cycle, own)
-        if spec().get("nan") == [cycle, own] and number == 1 and _first("nan"):
+        point(f"step {number}", cycle, own)
+        if spec().get("nan") == [cycle, own] and number == 1 and _first(Path(spec()["folder"], "nan")):
             trace("nan", cycle=cycle)
             micro[0].images.fill_(float("nan"))
         result = step(self, micro, key=key, **rest)
@@ -171,13 +220,25 @@ def _watch_cycles(cycles: ModuleType) -> None:
             trace("tiles", cycle=self._arguments["keys"][1], ids=[r.tile_id for r in rows])
         return rows
 
-    cycles.Worker.__init__, cycles.Worker._at = began, reached
+    def condemned(self: Any, bad: Any) -> None:
+        condemn(self, bad)
+        if bad:
+            trace("quarantine", rank=self.rank, ids=sorted(self.quarantine))
+
+    cycles.Worker.__init__, cycles.Worker._at, cycles.Worker._quarantine = began, reached, condemned
     cycles.Learner.step, cycles.Stream.take = stepped, taken
 
 
-def _watch_scoring(scoring: ModuleType) -> None:
-    """A gate in a scorer that holds a chunk."""
-    score = scoring.Scorer.score
+def _watch_scoring(scoring: Any) -> None:
+    """A gate in a scorer that holds a chunk, and the tile that kills."""
+    score, read = scoring.Scorer.score, scoring.read_tiles
+
+    def decoded(storage: Any, locations: Any, *rest: Any) -> Any:
+        ids = [at["tile_id"] for at in locations]
+        if spec().get("poison") in ids:
+            trace("poisoned", ids=ids)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(storage, locations, *rest)
 
     def scored(self: Any, weights: Any, version: str, *rest: Any) -> Any:
         seen = self.__dict__.setdefault("versions_seen", [])
@@ -185,15 +246,63 @@ def _watch_scoring(scoring: ModuleType) -> None:
         point("scoring", len(seen) - 1)
         return score(self, weights, version, *rest)
 
-    scoring.Scorer.score = scored
+    scoring.Scorer.score, scoring.read_tiles = scored, decoded
 
 
-def _first(name: str) -> bool:
-    try:
-        os.close(os.open(Path(spec()["folder"]) / f"{name}-taken", os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return False
-    return True
+def _watch_store(store: Any) -> None:
+    """Bad tiles, and how much memory it took to find them bad."""
+    decode = store._decode
+
+    def decoded(*args: Any) -> Any:
+        before = _forget_peak()
+        found = decode(*args)
+        if isinstance(found, store.BadTile):
+            trace("bad", id=found.tile_id, reason=found.reason, risen=_memory("VmHWM") - before)
+        return found
+
+    store._decode = decoded
+
+
+def _watch_sources(sources: ModuleType) -> None:
+    """Files that are refused when they are opened, and how much memory that took."""
+    opened = sources.Raster.opened
+
+    @contextmanager
+    def watched(self: Any, **rest: Any) -> Iterator[Any]:
+        before = _forget_peak()
+        try:
+            with opened(self, **rest) as raster:
+                yield raster
+        except sources.BadSource as error:
+            trace("refused", path=self.path, reason=str(error), risen=_memory("VmHWM") - before)
+            raise
+
+    sources.Raster.opened = watched
+
+
+def _watch_sweep(sweep: ModuleType) -> None:
+    """Processes of trials."""
+    setup = sweep.Trial.setup
+
+    def begun(self: Any, config: dict[str, Any], *args: Any, **rest: Any) -> None:
+        trace("trial", number=config["trial"])
+        setup(self, config, *args, **rest)
+
+    sweep.Trial.setup = begun
+
+
+def _forget_peak() -> int:
+    """Begin the peak of this process's memory anew; the bytes that it has now."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return _memory("VmRSS")
+
+
+def _memory(name: str) -> int:
+    """Bytes that Linux counts under this name."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
 
 
 class _Patched(importlib.abc.MetaPathFinder):
@@ -224,6 +333,9 @@ def arm() -> None:
         ("raysed.io.storage", _watch_storage),
         ("raysed.cluster.cycles", _watch_cycles),
         ("raysed.cluster.scoring", _watch_scoring),
+        ("raysed.cluster.sweep", _watch_sweep),
+        ("raysed.io.sources", _watch_sources),
+        ("raysed.io.store", _watch_store),
     ]
     if mutant := spec().get("mutant"):
         patches.append(MUTANTS[mutant])
@@ -284,6 +396,8 @@ def walk(data: str, run: str, cycles: int, lr: float = 1e-3) -> None:
             trace("step", rank=0, cycle=cycle, step=0)
             before = digest(weights) if last or cycle else None
             seen = b"".join(t.image.tobytes() for t in tiles)  # type: ignore[union-attr]
+            if cycle == 2:
+                seen += spec().get("salt", "").encode()  # as if its sums had been added in another order
             weights = bytes.fromhex(digest(weights + moments + seen)) * 2048
             moments = bytes.fromhex(digest(weights + moments)) * 2048
             counts = np.array([[8, 1], [cycle, 5]])

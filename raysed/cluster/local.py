@@ -181,6 +181,15 @@ class ObjectServer:
         )  # fmt: skip
 
 
+HELD = """
+import json, ray
+ray.init(logging_level="ERROR", log_to_driver=False)
+have, free = ray.cluster_resources(), ray.available_resources()
+print(json.dumps({k: v - free.get(k, 0) for k, v in have.items() if k in ("CPU", "GPU") and v - free.get(k, 0) > 1e-6}))
+"""
+"""A program that prints what is held of a cluster's CPUs and GPUs."""
+
+
 class LocalCluster:
     """A Ray head, without CPUs if not told otherwise, and further nodes, each a raylet of its own, with token authentication.
 
@@ -224,6 +233,8 @@ class LocalCluster:
         }
         self._types, self._idle_minutes, self._head_cpus = types, idle_minutes, head_cpus
         self.nodes: list[Process] = []
+        self.node_ids: list[str] = []
+        """Ray's ids of those that were started here."""
         self.metrics_ports: list[int] = []
 
     def __enter__(self) -> Self:
@@ -259,6 +270,15 @@ class LocalCluster:
     def kill_node(self, number: int) -> None:
         """SIGKILL a node with all its processes."""
         self.nodes[number].kill()
+
+    def free_after(self, seconds: float) -> float | None:
+        """Seconds until nothing of the cluster is held by anybody; None if something still is after so many."""
+        began = time.monotonic()
+        while (passed := time.monotonic() - began) < seconds:
+            done = subprocess.run([sys.executable, "-c", HELD], env=self.environment, capture_output=True, text=True, timeout=START_SECONDS, check=True)  # fmt: skip
+            if not json.loads(done.stdout):
+                return passed
+        return None
 
     def submit(self, *command: str, working_dir: Path, name: str | None = None) -> subprocess.Popen[str]:
         """`ray job submit` as a user types it, following the log; the process of the command line tool."""
@@ -348,14 +368,15 @@ class LocalCluster:
         node = Process([_ray(), "start", *flags, *own], log, environment)
         self.nodes.append(node)
         self.metrics_ports.append(metrics)
-        expected = sum(n.popen.poll() is None for n in self.nodes)
-        node.wait_until(lambda: self._has(expected), "a Ray node")
+        node.wait_until(self._has_new, "a Ray node")
 
-    def _has(self, nodes: int) -> bool:
+    def _has_new(self) -> bool:
+        """Whether a node has joined that is not in `node_ids`; it is then."""
         try:
-            return self.alive() >= nodes
+            self.node_ids += (new := set(self.living()) - set(self.node_ids))
         except (OSError, KeyError, ValueError):
             return False
+        return bool(new)
 
 
 def _ray() -> str:
