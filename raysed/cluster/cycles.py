@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -35,6 +35,7 @@ from raysed.cluster.scorekeeping import Scored, Scorekeeper
 from raysed.cluster.stream import Row, Stream
 from raysed.core import metrics, networks
 from raysed.core.acquisition import STRATEGIES
+from raysed.core.counts import iou_of_sums
 from raysed.core.labelling import bought, rows_bought
 from raysed.core.losses import class_weights
 from raysed.core.plan import Plan, plan
@@ -377,7 +378,7 @@ class Worker:
             record["seconds"] = seconds = clock.closed()
             self._busy = seconds["total"] - seconds.get("score", 0.0)
             self._pending = self._committer.submit(self._commit, cycle, files, optimizer, pictures, record)
-        self.state = selection.state
+        self.state = opened.selection.state
         ray.train.report({"cycle": cycle, "loss": train["loss"], "miou": val["miou"]})
 
     def _begin(self, cycle: int) -> OpenCycle:
@@ -537,7 +538,10 @@ class Worker:
             visits = [v for v in visits if order.order[v[0]] not in black and np.isfinite(v[1]).all()]
             rows = np.stack([row for _, row in visits]) if visits else self.keeper.visits[1][:0]
             self.keeper.visits = [order.order[p] for p, _ in visits], rows
-        loss, known = (math.fsum(column) for column in zip(*opened.losses, strict=True))
+        loss, known, *sums = (math.fsum(column) for column in zip(*opened.losses, strict=True))
+        if sums:
+            seen = {**opened.selection.state, "class_iou": iou_of_sums(sums)}
+            opened.selection = replace(opened.selection, state=seen)
         return {"loss": loss / max(known, 1), "lr": lr}
 
     def _steps(self, opened: OpenCycle, order: Plan, stream: Stream) -> float:
@@ -571,6 +575,7 @@ class Worker:
                     key=("drop", exp.seed, cycle, step),
                     total=self._micro_batches(order, step),
                     visits=part.visits if self.collects else None,
+                    by_class=STRATEGIES[exp.select.strategy].reads_iou,
                 )
             )
             if self.learner.skipped:

@@ -59,7 +59,7 @@ class OpenCycle:
     done: int = 0
     """Steps that are done and counted below."""
     losses: list[list[float]] = field(default_factory=list)
-    """Summed focal loss and known pixels of every step on every rank."""
+    """Of every step on every rank what `Learner.step` returns: summed focal loss, known pixels, and pixels by class if asked for."""
     visits: list[tuple[int, np.ndarray]] = field(default_factory=list)
     """Positions and their rows of `visit_scores`."""
     nodes: dict[str, Counter[str]] = field(default_factory=lambda: {k: Counter() for k in WORK})

@@ -2,8 +2,8 @@
 
 A strategy is a function of the scores, the index, a state, a budget and a generator; ties are broken by tile_id, so neither the
 number of scorers nor the order of their answers matters.  The state is what the strategy itself kept, plus the facts that the
-run adds: `progress` (0 in the first cycle, 1 in the last) and, where it is known, `class_iou` (IoU of each class on the training
-batches, None for a class they did not show).
+run adds: `progress` (0 in the first cycle, 1 in the last) and, for a strategy that reads it and after the first cycle, `class_iou`
+(IoU of each class on the training batches of the cycle before, None for a class they did not show).
 """
 
 from dataclasses import dataclass
@@ -59,6 +59,8 @@ class Strategy:
     """Columns of the scores."""
     reads_labels: bool = False
     """Whether it looks at the labels of tiles it may select."""
+    reads_iou: bool = False
+    """Whether it looks at `class_iou`, which training then counts."""
 
     @property
     def needs_labels(self) -> bool:
@@ -85,7 +87,7 @@ STRATEGIES = {
     "margin": Strategy(margin, frozenset({"margin"})),
     "power-entropy": Strategy(power_entropy(), frozenset({"entropy"})),
     "clasp-pe": Strategy(clasp_pe(), frozenset({"entropy", "mass"})),
-    "class-gap": Strategy(class_gap(), frozenset({"mass"})),
+    "class-gap": Strategy(class_gap(), frozenset({"mass"}), reads_iou=True),
     "top-loss": Strategy(top_loss, frozenset({"loss"})),
     "reducible-loss": Strategy(reducible_loss, frozenset({"loss", "irreducible"})),
     "k-center": Strategy(k_center, frozenset({"features"})),

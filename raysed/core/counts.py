@@ -1,5 +1,8 @@
 """Counts of one batch, on its device; `metrics` makes scores of them and needs no torch.  Letters: B batch, C classes, H W pixels."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +20,18 @@ def confusion(prediction: Tensor, target: Tensor, classes: int) -> Tensor:
     known = target != VOID
     pairs = target[known].long() * classes + prediction[known].long()
     return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+
+def class_sums(prediction: Tensor, target: Tensor, classes: int) -> Tensor:
+    """(3 C,) float32 pixels of each class: hit, in the truth, predicted; arguments as of `confusion`."""
+    counts = confusion(prediction, target, classes)
+    return torch.cat([counts.diagonal(), counts.sum(1), counts.sum(0)]).float()
+
+
+def iou_of_sums(sums: Sequence[float]) -> list[float | None]:
+    """IoU of each class from added `class_sums`; None without truth pixels."""
+    hits, truth, predicted = np.reshape(sums, (3, -1)).tolist()
+    return [h / (t + p - h) if t else None for h, t, p in zip(hits, truth, predicted, strict=True)]
 
 
 def grouped_confusion(prediction: Tensor, target: Tensor, classes: int, group: Tensor, groups: int) -> Tensor:

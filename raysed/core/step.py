@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raysed.core.averaging import Average
 from raysed.core.batchnorm import BatchNormStatistics
-from raysed.core.counts import grouped_confusion, soft_iou
+from raysed.core.counts import class_sums, grouped_confusion, soft_iou
 from raysed.core.losses import focal_loss_sum
 from raysed.core.randomness import keyed_seed
 from raysed.core.tiles import target_of
@@ -158,6 +158,7 @@ class Learner:
         key: tuple[str | int, ...],
         total: int,
         visits: list[Tensor] | None = None,
+        by_class: bool = False,
     ) -> Tensor:
         """One optimiser step.
 
@@ -167,17 +168,19 @@ class Learner:
             key: owner of the randomness inside the network; the micro-batch's number is added.
             total: M, micro-batches of the step over all ranks that hold tiles.
             visits: if given, each micro-batch's `visit_scores` are appended.
+            by_class: count the pixels of each class too.
 
         Returns:
-            (2,) float32 on the device, detached: summed focal loss and known pixels of this rank; zeros if the gradient was not finite
-            on any rank: then nothing has changed but `skipped`.
+            (2,) float32 on the device, detached: summed focal loss and known pixels of this rank; by class (2 + 3 C,), `class_sums`
+            after them.  Zeros if the gradient was not finite on any rank: then nothing has changed but `skipped`.
         """
         self.net.train()
         for group in self.adam.param_groups:
             group["lr"] = lr
         self.adam.zero_grad(set_to_none=True)
         before = self.norm.now()
-        done = torch.zeros(2, device=self.device)
+        classes = len(self.alpha)
+        done = torch.zeros(2 + 3 * classes * by_class, device=self.device)
         statistics: dict[int, Tensor] = {}
         gradients: dict[int, Tensor] = {}
         for position, micro in enumerate(micro_batches):
@@ -195,7 +198,9 @@ class Learner:
                 )  # DDP divides by the number of ranks
                 scale = averaged / (self.batch * target.shape[1] * target.shape[2])
                 self.scaler.scale(loss * scale).backward()
-            done += torch.stack([loss.detach(), (target < len(self.alpha)).sum()])
+            done[:2] += torch.stack([loss.detach(), (target < classes).sum()])
+            if by_class:
+                done[2:] += class_sums(log_p.detach().argmax(1), target, classes)
             if visits is not None:
                 with torch.no_grad():
                     visits.append(visit_scores(log_p.detach(), target))

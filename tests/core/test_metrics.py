@@ -3,7 +3,7 @@ import pytest
 import torch
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from raysed.core.counts import confusion, soft_iou
+from raysed.core.counts import class_sums, confusion, iou_of_sums, soft_iou
 from raysed.core.metrics import class_iou, scores
 from raysed.core.tiles import VOID
 
@@ -26,6 +26,15 @@ def test_iou_agrees_with_torchmetrics(maps):
     assert class_iou(counts)[truth] == pytest.approx(theirs[truth], rel=1e-6)
     micro = MulticlassJaccardIndex(6, average="micro", ignore_index=VOID)(prediction, target).item()
     assert scores(counts, list("abcdef"))["iou_micro"] == pytest.approx(micro, rel=1e-6)
+
+
+def test_sums_by_class_add_up_to_the_iou_of_the_counts(maps):
+    prediction, target = maps
+    target = torch.where(target == 2, 0, target)  # a class without truth
+    added = sum(class_sums(p[None], t[None], 6) for p, t in zip(prediction, target, strict=True))
+    wanted = class_iou(confusion(prediction, target, 6).numpy())
+    assert iou_of_sums(added.tolist()) == [None if np.isnan(v) else pytest.approx(v) for v in wanted]
+    assert iou_of_sums([0.0] * 6) == [None, None]
 
 
 def test_counts_add_up_over_batches(maps):

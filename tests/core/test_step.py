@@ -10,6 +10,7 @@ from torch import nn
 
 from raysed.core.averaging import decay_after
 from raysed.core.batchnorm import BatchNormStatistics
+from raysed.core.counts import class_sums
 from raysed.core.networks import Network, UNet
 from raysed.core.plan import plan
 from raysed.core.randomness import keyed_rng
@@ -98,6 +99,23 @@ def ranks(request, tmp_path_factory):
         [torch.load(folder / f"{k}-{r}.pt", weights_only=True) for r in range(workers)]
         for k in range(len(KINDS))
     ]
+
+
+def test_a_step_counts_pixels_by_class_where_asked_for():
+    learner = Learner(
+        small_net(False), alpha=np.ones(CLASSES, np.float32), gamma=2, batch=2, precision="fp32"
+    )
+    images, labels = (np.stack(x) for x in zip(tile(0), tile(1), strict=True))
+    x, y = to_device(images, labels, torch.device("cpu"))
+    wanted = class_sums(learner.net(x).argmax(1), y, CLASSES)
+    done = learner.step(
+        [MicroBatch(0, x[:1], y[:1]), MicroBatch(1, x[1:], y[1:])], lr=0.0, key=("k",), total=2, by_class=True
+    )
+    assert done[2:].tolist() == wanted.tolist()
+    plain = learner.step(
+        [MicroBatch(0, x[:1], y[:1]), MicroBatch(1, x[1:], y[1:])], lr=0.0, key=("k",), total=2
+    )
+    assert plain.tolist() == done[:2].tolist()
 
 
 @pytest.mark.parametrize("kind", [0, 1, 2, 5])
