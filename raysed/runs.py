@@ -5,15 +5,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from raysed import cli
-from raysed.cluster.estimate import dry_run
-from raysed.cluster.launch import launch
-from raysed.cluster.prepare import prepare_synthetic
 from raysed.config import Experiment
 from raysed.errors import UsageError
-from raysed.io.model import load, load_init
 from raysed.io.storage import Storage
-from raysed.report.html import write_report
-from raysed.report.summary import table, write_summary
 
 DEMO_STORE = "data/synthetic"
 """Where the demo's tile store is made, once."""
@@ -36,6 +30,12 @@ def run_experiment(doc: str | None, argv: Sequence[str], start: Experiment) -> i
     parser = cli.experiment_parser(doc, start)
     args = parser.parse(argv)
     experiment, preset = cli.parse_experiment(args, start)
+    # torch, Ray and matplotlib take seconds: --help and a wrong flag need none of them
+    from raysed.cluster.estimate import dry_run
+    from raysed.cluster.launch import launch
+    from raysed.report.html import write_report
+    from raysed.report.summary import table, write_summary
+
     for flag, value in (("--tiles-per-second", args.tiles_per_second), ("--price", args.price)):
         if value is not None and (value <= 0 or not args.dry_run):
             raise UsageError(f"{flag} must be positive and goes with --dry-run, got {value:g}")
@@ -70,6 +70,8 @@ def with_data(experiment: Experiment, preset: str | None) -> Experiment:
         say(
             f"no --data and no RAYSED_DATA: taking the preset {preset} on the synthetic world in {DEMO_STORE}"
         )
+        from raysed.cluster.prepare import prepare_synthetic
+
         prepare_synthetic(DEMO_STORE, scenes=DEMO_SCENES, tile=DEMO_TILE, say=say)
     return replace(experiment, data=replace(experiment.data, uri=Storage(uri).uri))
 
@@ -88,6 +90,8 @@ def with_init(experiment: Experiment, *, arch: str | None, config: str | None) -
     wanted = experiment.model
     if wanted.init is None:
         return experiment
+    from raysed.io.model import load, load_init
+
     wanted = replace(wanted, init=Storage(wanted.init).uri)
     if arch is None and config is None:
         wanted = replace(wanted, arch=load(str(wanted.init)).record.arch)

@@ -57,6 +57,7 @@ def unlabelled_store(small_store, tmp_path):
     return storage.uri, labels
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_picks_go_out_to_people_and_the_same_command_continues(unlabelled_store, tmp_path):
     uri, truth = unlabelled_store
