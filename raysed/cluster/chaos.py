@@ -138,7 +138,7 @@ def small_images(uri: str, spoilt: Mapping[str, bytes]) -> dict[str, str]:
         Tile id -> sha256 of the tiles of 64 pixels that a store of the unspoilt images must hold.
     """
     storage, expected = Storage(uri), {}
-    classes = [asdict(c) for c in OPENEARTHMAP]
+    classes = [{"id": k, **asdict(c)} for k, c in enumerate(OPENEARTHMAP, start=1)]
     files = {"classes.json": json.dumps({"name": "small", "ignore": [0], "classes": classes}).encode()}
     for number in range(10):
         made, name = scene(0, number, side=2 * SIDE), f"small_{number}"
@@ -221,6 +221,8 @@ class Trial:
         self.ended: float | None = None
         self.compared = True
         """Whether the run can be equal to the calm one."""
+        self.inside: dict[int, int] = {}
+        """Cycle -> its steps that were committed before the workers were started again."""
         self.processes: list[Running] = []
         self.note = ""
 
@@ -374,7 +376,11 @@ class Trial:
                 **group,
                 0: commit["pid"],
             }.values()  # those that made the commit, not one that was overtaken
-            mine = [e for e in self.events("tiles") if e["cycle"] == manifest.cycle and e["pid"] in ranks]
+            taken = [e for e in self.events("tiles") if e["cycle"] == manifest.cycle]
+            mine = [e for e in taken if e["pid"] in ranks]
+            steps = self.inside.get(manifest.cycle, 0)  # of each rank before, with one micro-batch a step
+            for pid in {e["pid"] for e in taken} - set(ranks):
+                mine += [e for e in taken if e["pid"] == pid][:steps]
             visits = sorted(t for e in mine for t in e["ids"])
             chosen = sorted(self.ledger.table(manifest, "selected.parquet")["tile_id"].to_pylist())
             if visits != chosen:

@@ -344,6 +344,7 @@ def notice_then_death(trial: Trial) -> None:
     trial.ended = None
     said = f"continues after cycle 1 of {CYCLES} and step {NOTICE_STEPS} of cycle 2"
     trial.must(said in trial.log(), "the commit was not continued from")
+    trial.inside[1] = NOTICE_STEPS
     lost = trial.judged("", "survived", "").steps_lost
     trial.must(not lost, f"{lost} steps were taken again")
     groups = len({e["pid"] for e in trial.events("start")}) // 2
@@ -395,7 +396,7 @@ def _spoil(trial: Trial) -> list[str]:
     chosen = calm.table(calm.manifests()[1], "selected.parquet")["tile_id"].to_pylist()
     order = plan(chosen, *ORDERED)
     tiles = [order.order[order.share(rank, 2)[0]] for rank in range(2)]
-    trial.start(("select", 1, 0))
+    trial.start(("score", 1, 0))  # rank 1 waits for what rank 0 will select; scorers hold their tiles already
     trial.at_gate()
     trial.strike()
     for at in Store.open(trial.data).locations(tiles):
