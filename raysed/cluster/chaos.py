@@ -90,7 +90,7 @@ class Row:
     detected_s: float | None
     """From the injection until the job ended or its workers were started again; None if neither was needed."""
     recovered_s: float | None
-    """From the injection until the next cycle was committed."""
+    """From the injection until the cycle that was open then was committed, or a later one."""
     steps_lost: int
     """Training steps taken more than once."""
     tiles_repeated: int
@@ -347,7 +347,9 @@ class Trial:
             signs = [e["at"] for e in self.events("start") if e["at"] > self.struck]
             signs += [self.ended] if self.ended else []
             detected = round(min(signs) - self.struck, 1) if signs else None
-            commits = [e["at"] for e in self.events("committed", "commit") if e["at"] > self.struck]
+            open_one = max((e["cycle"] for e in self.events("gate") if e["at"] <= self.struck), default=0)
+            later = [e for e in self.events("committed", "commit") if e["at"] > self.struck]
+            commits = [e["at"] for e in later if e["cycle"] >= open_one]
             recovered = round(min(commits) - self.struck, 1) if commits else None
         repeated = sum(n - 1 for n in visits.values())
         return Row(fault, detected, recovered, lost, repeated, verdict, note)
