@@ -304,7 +304,7 @@ def node_dies(trial: Trial) -> None:
     cluster.add_node()
     trial.ends(0)
     trial.ended = None
-    trial.note = "waits for the new node; fewer ranks meanwhile are not supported"
+    trial.note = "waits for the new node; with --cluster.min-workers it would go on without"
 
 
 def _node_of(cluster: LocalCluster, pid: int) -> int:
