@@ -62,7 +62,7 @@ def test_a_run_killed_inside_a_cycle_continues_after_its_last_step(small_store, 
     """With scores of every source: what the next selection needs is in the ledger, visits and weights of two cycles ago; of
     averaged weights also those in training, and the tiles that batch norm is estimated from are read again.
     """
-    flags = ["--data", small_store, "--cycles", "4", "--select.scores", mode, *FAST, *more]
+    flags = ["--data", small_store, "--cycles", "3", "--select.scores", mode, *FAST, *more]
     flags += ["--cluster.commit-every-steps", "1"]
     calm, torn = str(tmp_path / "calm"), str(tmp_path / "torn")
     run("active", *flags, "--run", calm)
@@ -71,31 +71,32 @@ def test_a_run_killed_inside_a_cycle_continues_after_its_last_step(small_store, 
     steps = [p for p in Storage(torn).list(f"cycle_{cycle:04d}") if p.endswith("manifest.json")]
     assert steps == [f"cycle_{cycle:04d}/step_000001/manifest.json"]
     done = run("active", *flags, "--run", torn)
-    assert f"continues after cycle {cycle} of 4 and step 1 of cycle {cycle + 1}" in done.stdout
+    assert f"continues after cycle {cycle} of 3 and step 1 of cycle {cycle + 1}" in done.stdout
     assert not [p for p in Storage(torn).list() if "step_" in p]
     assert difference(Ledger(Storage(calm)), Ledger(Storage(torn))) == []
     assert verify(Ledger(Storage(torn)), Store.open(small_store).split("train")) == []
     scored = [m.record["scores"]["tiles"] for m in Ledger(Storage(torn)).manifests()]
-    assert scored == ([128, 37, 37, 37] if mode == "byproduct" else [128] * 4)  # 24 visited and 13 oldest
+    assert scored == ([128, 37, 37] if mode == "byproduct" else [128] * 3)  # 24 visited and 13 oldest
 
 
 @pytest.mark.timeout(600)
-def test_a_signal_lets_the_cycle_commit_and_releases_the_run(small_store, tmp_path):
-    out, seen = tmp_path / "run", 0
-    flags = ["--data", small_store, "--cycles", "40", "--run", str(out), *FAST]
-    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        process = start("train", *flags)
-        with terminated(process):
-            assert process.stdout
-            next(line for line in process.stdout if "/40 " in line)
-            process.send_signal(number)
-            rest = process.stdout.read()
-            assert process.wait(60) == code
-        assert "summary" in rest
-        ledger = Ledger(Storage(str(out)))
-        assert seen < len(ledger.manifests()) < 40
-        seen = len(ledger.manifests())
-        assert b'"beat": -1' in ledger.storage.read(max(ledger.storage.list("leases")))
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
+def test_a_signal_lets_the_cycle_commit_and_releases_the_run(small_store, tmp_path, number, code):
+    out = tmp_path / "run"
+    process = start("train", "--data", small_store, "--cycles", "40", "--run", str(out), *FAST)
+    with terminated(process):
+        assert process.stdout
+        next(line for line in process.stdout if "/40 " in line)
+        process.send_signal(number)
+        rest = process.stdout.read()
+        assert process.wait(60) == code
+    assert "summary" in rest
+    ledger = Ledger(Storage(str(out)))
+    assert 0 < len(ledger.manifests()) < 40
+    assert b'"beat": -1' in ledger.storage.read(max(ledger.storage.list("leases")))
     assert verify(ledger, Store.open(small_store).split("train")) == []
 
 
@@ -201,13 +202,17 @@ def test_every_architecture_commits_a_cycle(small_store, tmp_path, arch):
     assert manifest.record["val"]["counts"]
 
 
-@pytest.mark.timeout(600)
 def test_bad_tiles_beyond_the_budget_end_the_run_with_code_4(damaged_store, tmp_path):
     uri, victim = damaged_store
-    flags = ["--data", uri, "--cycles", "1", *FAST]
-    done = run("active", *flags, "--run", str(tmp_path / "strict"), code=4)
+    done = run("active", "--data", uri, "--cycles", "1", *FAST, "--run", str(tmp_path / "r"), code=4)
     assert victim in error_line(done)
-    done = run("active", *flags, "--run", str(tmp_path / "lenient"), "--data.bad-tile-budget", "0.01")
+
+
+@pytest.mark.slow
+def test_bad_tiles_within_the_budget_are_quarantined(damaged_store, tmp_path):
+    uri, victim = damaged_store
+    flags = ["--data", uri, "--cycles", "1", *FAST, "--data.bad-tile-budget", "0.01"]
+    done = run("active", *flags, "--run", str(tmp_path / "r"))
     assert f"tile {victim} is quarantined" in done.stdout
 
 
