@@ -19,11 +19,12 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_head")]
 def test_a_killed_comparison_continues_and_repeats_nothing(small_store, tmp_path):
     root, kept = tmp_path / "runs", tmp_path / "kept"
     flags = ["--data", small_store, "--run", str(root), "--results", str(kept), "--cycles", "2", "--select.tiles", "8",
-             "--optim.batch", "4", "--optim.micro-batch", "4"]  # fmt: skip
+             "--optim.batch", "4", "--optim.micro-batch", "4", "--cluster.threads", "1"]  # fmt: skip
     kill_at("evaluate@1", "compare", *flags, "--only", "b0")
     assert len(Ledger(Storage(str(root / "b0-seed0"))).manifests()) == 1
     done = run("compare", *flags, "--only", "b0,b0-active")
-    assert "continues after cycle 1 of 2" in done.stdout
+    assert "2 runs, 2 at once" in done.stdout
+    assert "b0, seed 0: uniform: continues after cycle 1 of 2" in done.stdout
     assert done.stdout.count("ETA") == 3
     initial = [Ledger(Storage(str(root / f"{n}-seed0"))).config()[0] for n in ("b0", "b0-active")]
     assert [e.select.strategy for e in initial] == ["uniform", "entropy"]
