@@ -97,7 +97,7 @@ class Soak:
         """Draw a fault, strike, and wait for the next commit."""
         what = self.random.choice(DRAWN)
         struck = {
-            "worker": lambda: self._kill("RayTrainWorker.run_train_fn"),
+            "worker": lambda: self._kill("RayTrainWorker"),
             "scorer": lambda: self._kill("Scorer.score"),
             "node": self._kill_node,
             "refused": lambda: self._rule(Rule("refuse", seconds=10)),
@@ -114,11 +114,11 @@ class Soak:
         self.say(f"{self.faults[-1]}")
 
     def _kill(self, title: str) -> float:
-        """SIGKILL a process of this title, which Ray gives it while it works; when."""
+        """SIGKILL a process whose title begins so: Ray gives it one while it works; when."""
         found: list[psutil.Process] = []
 
         def there() -> bool:
-            found[:] = [p for p, t in self._processes() if t == title]
+            found[:] = [p for p, t in self._processes() if t.startswith(title)]
             return bool(found)
 
         self.trial.wait(there, f"nothing was {title}")
