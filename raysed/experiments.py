@@ -6,6 +6,7 @@ from typing import Any
 
 from raysed.config import (
     AugmentConfig,
+    ClusterConfig,
     Experiment,
     ModelConfig,
     OptimConfig,
@@ -23,6 +24,7 @@ DEMO = Experiment(
     select=SelectConfig(strategy="entropy", tiles=64),
     optim=OptimConfig(lr=1e-3, schedule="cosine", batch=8),
     augment=AugmentConfig(max_noise_variance=0.0025, max_hue_shift=10),
+    cluster=ClusterConfig(scorers=1),  # a second one takes 0.7 GiB of the 6 that the demo may
 )
 """What `make active` runs: six cycles on the synthetic world, entropy selection against uniform, a few minutes on two cores.
 Far too short a run to judge a strategy by; it shows the system."""

@@ -229,6 +229,7 @@ def sweep(base: Experiment, trials: int, *, say: Callable[[str], None]) -> int:
     """
     store = Store.open(str(base.data.uri))
     check_data(base, store, say)
+    base = replace(base, optim=replace(base.optim, rollbacks=0))  # half a learning rate is another trial
     for number in range(trials):
         experiment = trial_of(base, number)
         run = Storage(str(experiment.run))
@@ -254,7 +255,6 @@ def sweep(base: Experiment, trials: int, *, say: Callable[[str], None]) -> int:
 
 def _shared(base: Experiment, trials: int, say: Callable[[str], None]) -> tuple[Experiment, int]:
     """The experiment with the scorers and threads that leave room for the other trials, and the trials at once."""
-    base = replace(base, optim=replace(base.optim, rollbacks=0))  # half a learning rate is another trial
     scoring = STRATEGIES[base.select.strategy].needs_scores
     cluster = replace(base.cluster, scorers=base.cluster.scorers or base.cluster.workers)
     device, scorers = secure(cluster, scoring=scoring, say=say)
