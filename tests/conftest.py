@@ -49,11 +49,11 @@ def ray_head(object_server, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def ray_session(ray_head):
-    """This process is connected to Ray."""
+    """The node; this process is connected to it."""
     import ray
 
     from raysed.cluster.connect import connect
 
     connect()
-    yield
+    yield ray_head
     ray.shutdown()

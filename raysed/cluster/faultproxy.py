@@ -19,12 +19,15 @@ from yarl import URL
 from raysed.cluster.local import free_ports
 from raysed.errors import ResourcesError
 
-Kind = Literal["refuse", "slowdown", "error", "expired", "skewed", "stall", "slow", "cut", "flip", "lose"]
+Kind = Literal[
+    "refuse", "slowdown", "error", "expired", "skewed", "denied", "stall", "slow", "cut", "flip", "lose"
+]
 _ANSWERS = {
     "slowdown": (503, "SlowDown", "Please reduce your request rate."),
     "error": (500, "InternalError", "We encountered an internal error. Please try again."),
     "expired": (403, "ExpiredToken", "The provided token has expired."),
     "skewed": (403, "RequestTimeTooSkewed", "The difference between the request time and now is too large."),
+    "denied": (403, "AccessDenied", "Access Denied"),
 }
 _HOP = {"connection", "keep-alive", "transfer-encoding", "expect", "te", "trailer", "upgrade"}
 SLOW_SECONDS, SLOW_BYTES = 0.5, 1 << 20
@@ -35,7 +38,7 @@ SLOW_SECONDS, SLOW_BYTES = 0.5, 1 << 20
 class Rule:
     """What happens to the requests that it concerns.
 
-    refuse: the port is closed and open connections are reset.  slowdown, error, expired, skewed: answered with that S3 error.
+    refuse: the port is closed and open connections are reset.  slowdown, error, expired, skewed, denied: answered with that S3 error.
     stall: no answer while the rule holds.  slow: latency and a narrow pipe.  cut: half of the body.  flip: one bit of a GET body.
     lose: the request is carried out, the answer is not given.
     """

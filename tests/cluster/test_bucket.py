@@ -9,7 +9,9 @@ import pytest
 from processes import FAST, ROOT, error_line, run
 
 from raysed.cluster.chaos import small_store as small_store_at
+from raysed.cluster.faultproxy import FaultProxy, Rule
 from raysed.cluster.prepare import Settings, prepare, synthetic
+from raysed.errors import StorageError
 from raysed.io.ledger import Ledger, difference, verify
 from raysed.io.storage import Storage
 from raysed.io.store import Store
@@ -17,8 +19,22 @@ from raysed.io.store import Store
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_head")]
 
 
+def beyond_the_policy(prefix):
+    """What worker-policy.json forbids a job, and all but reading of its data."""
+    name, _, folder = prefix.partition("/")
+    below = rf"prefix={folder}(%2F|/)(tiles|run)"
+    return (
+        Rule("denied", path=rf"^/{name}/?(\?(?!.*{below})|$)"),
+        Rule("denied", path=rf"^/{name}/(?!{folder}/(tiles|run)/|\?|$)"),
+        Rule("denied", path=rf"^/{name}/{folder}/tiles/", methods=("PUT", "POST", "DELETE")),
+        Rule("denied", path=r"^/(\?|$)"),
+    )
+
+
 @pytest.mark.timeout(600)
-def test_a_run_in_a_bucket_equals_the_run_on_disk(ray_session, object_server, bucket, tmp_path):
+def test_a_run_in_a_bucket_with_the_least_rights_equals_the_run_on_disk(
+    ray_session, object_server, bucket, tmp_path, monkeypatch
+):
     remote = run(
         "prepare", "--source", "synthetic", "--scenes", "20", "--tile", "64", "--json", "--target", f"{bucket}/tiles",
         **object_server.environment,
@@ -27,13 +43,34 @@ def test_a_run_in_a_bucket_equals_the_run_on_disk(ray_session, object_server, bu
     assert json.loads(remote.stdout) == disk
     flags = ["--cycles", "2", *FAST]
     run("active", *flags, "--data", str(tmp_path / "tiles"), "--run", str(tmp_path / "run"))
-    done = run(
-        "active",
-        *flags,
-        RAYSED_DATA=f"{bucket}/tiles",
-        RAYSED_RUN=f"{bucket}/run",
-        **object_server.environment,
-    )
+    with FaultProxy(object_server.endpoint) as proxy:
+        for rule in beyond_the_policy(bucket.removeprefix("s3://")):
+            proxy.add(rule)
+        done = run(
+            "active",
+            *flags,
+            RAYSED_DATA=f"{bucket}/tiles",
+            RAYSED_RUN=f"{bucket}/run",
+            **{**object_server.environment, "AWS_ENDPOINT_URL": proxy.endpoint},
+        )
+        assert proxy.requests > 20
+        assert [(i.method, i.path) for i in proxy.injected] == []
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        for beyond in (
+            lambda: Storage("s3://raysed").list(),
+            lambda: Storage(bucket).list(),
+            lambda: Storage(f"{bucket}/tiles").create("new", b"x"),
+            lambda: Storage(f"{bucket}/elsewhere").create("new", b"x"),
+        ):
+            with pytest.raises(StorageError, match=r"ACCESS_DENIED|Access Denied"):
+                beyond()
+        monkeypatch.undo()
+    secret = object_server.environment["AWS_SECRET_ACCESS_KEY"].encode()
+    kept = Storage(bucket)
+    assert [path for path in kept.list() if secret in kept.read(path)] == []
+    logs = [p for p in (ray_session.session / "session_latest/logs").rglob("*") if p.is_file()]
+    assert len(logs) > 10
+    assert [p for p in logs if secret in p.read_bytes()] == []
     assert f"report   {bucket}/run/report.html" in done.stdout
     there, here = Ledger(Storage(f"{bucket}/run")), Ledger(Storage(str(tmp_path / "run")))
     assert difference(there, here) == []
