@@ -18,14 +18,15 @@ OBJECT_STORE = 2 << 30
 
 
 def connect() -> None:
-    """Connect to the cluster of RAY_ADDRESS, or to the one that `ray start` left on this machine; else start a local Ray.
+    """Connect to the cluster of RAY_ADDRESS, or to the one that `ray start` left on this machine; else, or if RAY_ADDRESS is
+    `local`, start a local Ray.
 
     Another program's own local Ray is left alone: Ray's `address="auto"` would join it, and die with it.  Does nothing twice.
     """
     if not ray.is_initialized():
         given = os.environ.get("RAY_ADDRESS")
         address = given or ray._private.utils.read_ray_address()
-        own: dict[str, Any] = {} if address else _local()
+        own: dict[str, Any] = _local() if address in (None, "local") else {}
         settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, **own}
         try:
             ray.init(address=address or "local", **settings)

@@ -152,7 +152,7 @@ class Soak:
                 continue
             for process in psutil.Process(node.popen.pid).children(recursive=True):
                 try:
-                    title = " ".join(process.cmdline())
+                    title = " ".join(process.cmdline()).rstrip()  # Ray pads titles
                 except psutil.Error:
                     continue
                 if title.startswith("ray::"):
