@@ -12,6 +12,8 @@ row is lost, 4 otherwise.  Rows go into results/chaos/latest.json, in place of t
 
 import contextlib
 import json
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -50,6 +52,7 @@ def job(argv: Sequence[str]) -> None:
     names = args.faults or ([] if args.soak else list(ORDER))
     if unknown := [n for n in names if n not in FAULTS]:
         raise UsageError(f"no fault {unknown[0]}: there are {' '.join(ORDER)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     rows, soaked = chaos(names, mutant=args.mutant, soak=args.soak, seed=args.seed)
     lost = [r.fault for r in rows if r.verdict == "lost"]
     print(f"\n{table(rows)}\n\n{len(rows)} rows, {len(lost)} lost", flush=True)

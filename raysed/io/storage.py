@@ -26,6 +26,9 @@ GAP = 8 << 10
 _CONCURRENCY = 16
 _PIECE = 8 << 20
 _ATTEMPTS = 6
+_BUSY = ("SLOW_DOWN", "SERVICE_UNAVAILABLE", "INTERNAL_FAILURE", "Failed to flush response stream")
+"""Answers after which pyarrow gives up before a busy store has caught its breath: its retries share a budget, which many concurrent
+reads use up, and the last of these (an error answer longer than the bytes asked for) it does not retry at all."""
 _CONNECT, _REQUEST = 5, 30
 """Seconds until a connection or a request counts as failed."""
 _T = TypeVar("_T")
@@ -95,7 +98,7 @@ class Storage:
             file = self._try(path, lambda: self._open(self._full(path)))
 
             def fetched(offset: int, length: int) -> bytes:
-                return self._try(path, lambda: _patiently(lambda: file.read_at(length, offset)))
+                return self._try(path, lambda: file.read_at(length, offset))
 
             parts = list(_pool().map(lambda r: fetched(*r), requests))
         starts = [offset for offset, _ in requests]
@@ -171,22 +174,24 @@ class Storage:
         return f"{self._root}/{_relative(path)}"
 
     def _try(self, path: str, action: Callable[[], _T]) -> _T:
-        try:
-            return action()
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise StorageError(f"{self.uri}/{path}: {_line(error)}") from error
+        attempt = 1
+        while True:
+            try:
+                return action()
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                busy = not self.is_local and any(word in str(error) for word in _BUSY)
+                if attempt >= _ATTEMPTS or not busy:
+                    raise StorageError(f"{self.uri}/{path}: {_line(error)}") from error
+            time.sleep(random.uniform(0.15, 0.3) * 2**attempt)
+            attempt += 1
 
     def _read(self, full: str) -> bytes:
         if self.is_local:
             return Path(full).read_bytes()
-
-        def whole() -> bytes:
-            with self._arrow.open_input_stream(full) as stream:
-                return stream.read()
-
-        return _patiently(whole)
+        with self._arrow.open_input_stream(full) as stream:
+            return stream.read()
 
     def _write(self, full: str, data: bytes) -> None:
         if self.is_local:
@@ -296,18 +301,6 @@ def _relative(path: str) -> str:
     if not path or "\\" in path or "\0" in path or any(p in ("", ".", "..") for p in parts):
         raise UsageError(f"path {path[:120]!r} does not stay below its root")
     return path
-
-
-def _patiently(read: Callable[[], _T]) -> _T:
-    """A read that is tried again where pyarrow gives up: an error answer (503 SlowDown, say) longer than the bytes asked for."""
-    for attempt in range(_ATTEMPTS - 1):
-        try:
-            return read()
-        except OSError as error:
-            if "Failed to flush response stream" not in str(error):
-                raise
-            time.sleep(random.uniform(0, 0.2 * 2**attempt))
-    return read()
 
 
 def _line(error: BaseException) -> str:
