@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from raysed import cli
-from raysed.cluster.chaos import Bench, Row, attempt, small_store, table
+from raysed.cluster.chaos import Bench, Fault, Row, attempt, small_store, table
 from raysed.cluster.faulted import MUTANTS
 from raysed.cluster.faultproxy import FaultProxy
 from raysed.cluster.faults import FAULTS, ORDER
@@ -37,7 +37,8 @@ OUT = Path(__file__).resolve().parents[1] / "results/chaos"
 
 def job(argv: Sequence[str]) -> None:
     """Set up, try each fault, show."""
-    parser = cli.Parser(__doc__)
+    listed = "\n".join(f"  {n:<4} {', '.join(FAULTS[n])}" for n in ORDER)
+    parser = cli.Parser(f"{__doc__}\n{listed}\n  F30  --soak")
     parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"of {' '.join(ORDER)} (default: all)")
     parser.add_argument(
         "--mutant", choices=sorted(MUTANTS), help="leave this guard out in the faulted processes"
@@ -53,31 +54,41 @@ def job(argv: Sequence[str]) -> None:
     if unknown := [n for n in names if n not in FAULTS]:
         raise UsageError(f"no fault {unknown[0]}: there are {' '.join(ORDER)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
-    rows, soaked = chaos(names, mutant=args.mutant, soak=args.soak, seed=args.seed)
+    rows = chaos(names, mutant=args.mutant, soak=args.soak, seed=args.seed)
     lost = [r.fault for r in rows if r.verdict == "lost"]
     print(f"\n{table(rows)}\n\n{len(rows)} rows, {len(lost)} lost", flush=True)
-    if not args.mutant:
-        keep(rows, soaked)
     if lost:
         raise DataError(f"lost: {', '.join(lost)}: see the notes of their rows")
 
 
-def keep(rows: Sequence[Row], soaked: dict[str, Any]) -> None:
-    """Write rows into `latest.json`, each with the commit it was seen at, in the order of the faults."""
+def keep(row: Row, mutant: str | None, soaked: dict[str, Any] | None = None) -> None:
+    """Print a row and write it into `latest.json` in place of that of the same name, with the commit it was seen at."""
+    print(f"{row.fault:<32} {row.verdict:<12} {row.note}", flush=True)
     OUT.mkdir(parents=True, exist_ok=True)
     file = OUT / "latest.json"
-    before = json.loads(file.read_text()) if file.exists() else {"rows": [], "soak": {}}
+    found = json.loads(file.read_text()) if file.exists() else {}
     commit = environment().get("commit")
-    seen = {r["fault"]: r for r in before["rows"]} | {r.fault: {**asdict(r), "commit": commit} for r in rows}
-    ordered = sorted(seen.values(), key=lambda r: int(r["fault"].split()[0][1:]))
-    soak = {**soaked, "commit": commit} if soaked else before["soak"]
-    file.write_text(json.dumps({"rows": ordered, "soak": soak}, indent=1) + "\n")
+    list_of, own = ("mutants", {"mutant": mutant}) if mutant else ("rows", {})
+    new = {**own, **asdict(row), "commit": commit}
+    others = [r for r in found.get(list_of, []) if (r.get("mutant"), r["fault"]) != (mutant, row.fault)]
+    found[list_of] = sorted([*others, new], key=lambda r: (int(r["fault"].split()[0][1:]), r["fault"]))
+    if soaked:
+        found["soak"] = {**soaked, "commit": commit}
+    order = ("commit", "rows", "mutants", "soak")
+    found["commit"] = commit
+    file.write_text(json.dumps({k: found[k] for k in order if k in found}, indent=1) + "\n")
 
 
-def chaos(
-    names: Sequence[str], *, mutant: str | None, soak: float | None, seed: int
-) -> tuple[list[Row], dict[str, Any]]:
-    """Try faults one after the other, on what they need."""
+def chaos(names: Sequence[str], *, mutant: str | None, soak: float | None, seed: int) -> list[Row]:
+    """Try faults one after the other, on what they need; each row is kept as soon as it is known."""
+
+    def tried(bench: Bench, faults: dict[str, Fault]) -> list[Row]:
+        rows = []
+        for name, fault in faults.items():
+            rows.append(attempt(bench, name, fault))
+            keep(rows[-1], mutant)
+        return rows
+
     chosen = {f"{n} {v}": fault for n in names for v, fault in FAULTS[n].items()}
     needs_bucket = soak or any(f.bucket or f.kind != "walk" for f in chosen.values())
     with contextlib.ExitStack() as stack:
@@ -89,9 +100,9 @@ def chaos(
         bench = Bench(folder, data := str(folder / "tiles"), str(folder / "runs"), {}, mutant=mutant)
         small_store(data)
         walks = {n: f for n, f in chosen.items() if f.kind == "walk" and not f.bucket}
-        rows = [shown(attempt(bench, n, f)) for n, f in walks.items()]
+        rows = tried(bench, walks)
         if not needs_bucket:
-            return rows, {}
+            return rows
         server = stack.enter_context(ObjectServer(folder / "s3"))
         server.bucket("raysed")
         proxy = stack.enter_context(FaultProxy(server.endpoint, seed))
@@ -101,10 +112,10 @@ def chaos(
         bench = Bench(
             folder / "remote", "s3://raysed/tiles", "s3://raysed/runs", through, proxy, server, mutant=mutant
         )
-        rows += [shown(attempt(bench, n, f)) for n, f in chosen.items() if f.bucket]
+        rows += tried(bench, {n: f for n, f in chosen.items() if f.bucket})
         real = {n: f for n, f in chosen.items() if f.kind != "walk"}
         if not (real or soak):
-            return rows, {}
+            return rows
 
         def new_cluster(more: dict[str, str]) -> LocalCluster:
             made = stack.enter_context(
@@ -117,14 +128,9 @@ def chaos(
         bench.cluster, bench.new_cluster = new_cluster({}), new_cluster
         if soak:
             row, facts = Soak(bench, soak, seed, partial(print, flush=True)).run()
-            return [shown(row)], facts
-        return rows + [shown(attempt(bench, n, f)) for n, f in real.items()], {}
-
-
-def shown(row: Row) -> Row:
-    """Print a row as soon as it is known."""
-    print(f"{row.fault:<32} {row.verdict:<12} {row.note}", flush=True)
-    return row
+            keep(row, mutant, facts)
+            return [row]
+        return rows + tried(bench, real)
 
 
 if __name__ == "__main__":

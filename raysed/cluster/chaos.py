@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -379,7 +380,10 @@ class Trial:
                 0: commit["pid"],
             }.values()  # those that made the commit, not one that was overtaken
             taken = [e for e in self.events("tiles") if e["cycle"] == manifest.cycle]
-            mine = [e for e in taken if e["pid"] in ranks]
+            back = {
+                e["pid"]: e["at"] for e in self.events("resumed") if e["at"] < commit["at"]
+            }  # training that diverged goes back
+            mine = [e for e in taken if e["pid"] in ranks and e["at"] > back.get(e["pid"], 0.0)]
             steps = self.inside.get(manifest.cycle, 0)  # of each rank before, with one micro-batch a step
             for pid in {e["pid"] for e in taken} - set(ranks):
                 mine += [e for e in taken if e["pid"] == pid][:steps]
@@ -399,9 +403,11 @@ class Trial:
 def stop(process: Running) -> None:
     """SIGKILL a process and its descendants."""
     if process.poll() is None:
-        family = psutil.Process(process.pid).children(recursive=True)
-        for member in (*family, process):
-            member.send_signal(signal.SIGKILL)
+        with suppress(psutil.NoSuchProcess):
+            for member in psutil.Process(process.pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    member.kill()
+        process.send_signal(signal.SIGKILL)
         process.wait(10)
 
 
@@ -434,12 +440,16 @@ def attempt(bench: Bench, name: str, fault: Fault) -> Row:
         if trial.struck is None and injected:
             trial.struck = injected[0].at
         trial.must(trial.struck is not None, "the fault did not strike")
+        if bench.proxy:
+            bench.proxy.clear()
         trial.check()
         broken = bench.proxy.counts() if injected and bench.proxy else {}
         note = "; ".join(filter(None, (trial.note, f"{len(injected)} requests broken" if broken else "")))
         return trial.judged(name, "survived" if fault.in_place else "not_promised", note)
     except (Lost, RaysedError) as error:
         return trial.judged(name, "lost", str(error))
+    except Exception as error:  # the other rows are still wanted
+        return trial.judged(name, "lost", f"the harness failed: {type(error).__name__}: {error}")
     finally:
         if bench.proxy:
             bench.proxy.clear()

@@ -329,7 +329,7 @@ class Worker:
         self._at("evaluate", cycle)
         with clock.phase("evaluate"):
             val, read, found = self._evaluate()
-        self._check(cycle, train, val)
+        self._check(cycle, order, train, val)
         if self.rank == 0:
             began = time.perf_counter()
             self._settle()
@@ -600,14 +600,18 @@ class Worker:
         if self.rank == 0:
             self._say(f"step {step + 1} of cycle {opened.cycle + 1} has no finite gradient and is left out")
         if row > SKIPPED_STEPS:
-            tiles = order.order[max(0, step + 1 - row) * order.batch : (step + 1) * order.batch]
-            if self.rank == 0:
-                dump = {"cycle": opened.cycle, "steps": [max(0, step + 1 - row), step + 1], "tile_ids": tiles}
-                self.ledger.storage.write("diverged.json", (json.dumps(dump, indent=1) + "\n").encode())
+            self._name_tiles(opened.cycle, order, max(0, step + 1 - row), step + 1)
             raise DivergedError(
                 f"training diverged in cycle {opened.cycle}: {row} steps in a row have no finite gradient; their tiles are in "
                 "diverged.json, the last good cycle is committed: lower optim.lr"
             )
+
+    def _name_tiles(self, cycle: int, order: Plan, first: int, end: int) -> None:
+        """Write the tiles of the steps first to end - 1, in which training diverged, to `diverged.json`."""
+        if self.rank == 0:
+            tiles = order.order[first * order.batch : end * order.batch]
+            dump = {"cycle": cycle, "steps": [first, end], "tile_ids": tiles}
+            self.ledger.storage.write("diverged.json", (json.dumps(dump, indent=1) + "\n").encode())
 
     def _micro_batches(self, order: Plan, step: int) -> int:
         """Micro-batches of a step that hold tiles, over all ranks."""
@@ -783,15 +787,17 @@ class Worker:
                 f"{allowed:.1f}; the first is {first.tile_id}: {first.reason}"
             )
 
-    def _check(self, cycle: int, train: dict[str, float], val: dict[str, Any]) -> None:
+    def _check(self, cycle: int, order: Plan, train: dict[str, float], val: dict[str, Any]) -> None:
         finite = (
             torch.isfinite(torch.cat([p.detach().flatten() for p in self.learner.parameters.values()]))
             .all()
             .item()
         )
         if not finite or not all(map(math.isfinite, (train["loss"], val["loss"]))):
+            self._name_tiles(cycle, order, 0, order.steps)
             raise DivergedError(
-                f"training diverged in cycle {cycle}: loss {train['loss']}, in validation {val['loss']}; the last good cycle is committed: lower optim.lr"
+                f"training diverged in cycle {cycle}: loss {train['loss']}, in validation {val['loss']}; its tiles are in diverged.json, "
+                "the last good cycle is committed: lower optim.lr"
             )
 
     def _state_bytes(self, opened: OpenCycle) -> bytes:

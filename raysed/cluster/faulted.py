@@ -4,7 +4,7 @@
     python -m raysed.cluster.faulted walk DATA RUN CYCLES [LR]        ledger, lease, store and selection; weights are a chain of hashes
 
 What to do is in RAYSED_FAULTED (JSON): `folder` for trace and gates; `gates`, each a (point, cycle, rank) where one process waits,
-once, for whoever wants to break it there; `mutant`, the guard to leave out; `nan`, `file_limit`, `skew`, `salt` (other weights) and
+once, for whoever wants to break it there; `mutant`, the guard to leave out; `nan` (cycle, rank, first step, times), `file_limit`, `skew`, `salt` (other weights) and
 `poison` (a tile that kills the scorer which decodes it), faults that come from inside.
 Nothing of this is in the library: it is patched in before the job starts.
 """
@@ -65,6 +65,11 @@ def point(name: str, cycle: int, rank: int = 0) -> None:
     while not go.exists() and time.monotonic() < until:
         time.sleep(0.02)
     trace("left", point=name, cycle=cycle)
+
+
+def _poisoned(times: int) -> bool:
+    """Whether one of so many poisonings, over all processes, is left; takes it."""
+    return any(_first(Path(spec()["folder"], f"nan-{k}")) for k in range(times))
 
 
 def _first(path: Path) -> bool:
@@ -133,7 +138,7 @@ def _any_label(store: Any) -> None:
 
 
 def _no_retry(storage: Any) -> None:
-    storage._ATTEMPTS = 1
+    storage._ATTEMPTS, storage._PATIENCE = 1, 0.0
 
 
 def _seed_by_call(randomness: ModuleType) -> None:
@@ -191,12 +196,16 @@ def _watch_storage(storage: ModuleType) -> None:
 def _watch_cycles(cycles: ModuleType) -> None:
     """Starts of ranks, steps, tiles and points of the cycle; NaN in a step."""
     at, begin, step, take = cycles.Worker._at, cycles.Worker.__init__, cycles.Learner.step, cycles.Stream.take
-    condemn = cycles.Worker._quarantine
+    condemn, resume = cycles.Worker._quarantine, cycles.Worker._resume
     rank = cycles.ray.train.get_context
 
     def began(self: Any, *args: Any) -> None:
         begin(self, *args)
         trace("start", rank=self.rank)
+
+    def resumed(self: Any) -> Any:
+        trace("resumed", rank=self.rank)
+        return resume(self)
 
     def reached(self: Any, name: str, cycle: int) -> None:
         at(self, name, cycle)
@@ -207,7 +216,8 @@ def _watch_cycles(cycles: ModuleType) -> None:
     def stepped(self: Any, micro: Any, *, key: Any, **rest: Any) -> Any:
         own, cycle, number = rank().get_world_rank(), key[2], key[3]
         point(f"step {number}", cycle, own)
-        if spec().get("nan") == [cycle, own] and number == 1 and _first(Path(spec()["folder"], "nan")):
+        at_cycle, at_rank, from_step, times = spec().get("nan", (-1, -1, 0, 0))
+        if (cycle, own) == (at_cycle, at_rank) and number >= from_step and _poisoned(times):
             trace("nan", cycle=cycle)
             micro[0].images.fill_(float("nan"))
         result = step(self, micro, key=key, **rest)
@@ -226,6 +236,7 @@ def _watch_cycles(cycles: ModuleType) -> None:
             trace("quarantine", rank=self.rank, ids=sorted(self.quarantine))
 
     cycles.Worker.__init__, cycles.Worker._at, cycles.Worker._quarantine = began, reached, condemned
+    cycles.Worker._resume = resumed
     cycles.Learner.step, cycles.Stream.take = stepped, taken
 
 

@@ -170,6 +170,12 @@ class FaultProxy:
         return None
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            return await self._through(request)
+        except ConnectionResetError:  # the client has gone, perhaps killed
+            return web.Response()
+
+    async def _through(self, request: web.BaseRequest) -> web.StreamResponse:
         self.requests += 1
         held = self._matching(request.method, request.raw_path)
         if request.headers.get("Expect", "").lower() == "100-continue" and request.transport:

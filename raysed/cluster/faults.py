@@ -12,7 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from raysed.cluster.chaos import CYCLES, FREE_SECONDS, SIDE, Fault, Lost, Trial, small_images, small_store
+from raysed.cluster.chaos import (
+    CYCLES,
+    FAST_SIGNS,
+    FREE_SECONDS,
+    SIDE,
+    Fault,
+    Lost,
+    Trial,
+    small_images,
+    small_store,
+)
 from raysed.cluster.faultproxy import Rule
 from raysed.cluster.local import LocalCluster
 from raysed.cluster.scoring import DEATHS
@@ -26,6 +36,8 @@ COMMIT_SECONDS = 10.0
 """How long the commit of a small run may take."""
 NOTICE_SECONDS = 30.0
 """Between the notice that a node will go and its end; AWS gives 120."""
+EVERY_STEPS = 2
+"""Steps between the commits inside a cycle, where there are any."""
 HEARD_SECONDS = 3.0
 """For a notice to reach the workers."""
 ORDERED = (1, 1, 8, 4)
@@ -232,12 +244,22 @@ def _with(*rules: Rule) -> Callable[[Trial], None]:
         assert trial.bench.proxy
         trial.start(("train" if trial.kind == "walk" else "select", 1, 0))
         trial.at_gate()
+        before = len(trial.bench.proxy.injected)
         trial.strike()
         for rule in rules:
             trial.bench.proxy.add(rule)
         trial.go()
         trial.ends(0)
         trial.ended = None
+        if (
+            rules[0].kind == "refuse"
+        ):  # a closed port counts nothing, but the open cycle cannot be committed before it opens
+            committed = min(e["at"] for e in trial.events("commit", "committed") if e["cycle"] >= 1)
+            trial.must(
+                committed > (trial.struck or 0) + (rules[0].seconds or 0), "nobody needed the store meanwhile"
+            )
+        else:
+            trial.must(len(trial.bench.proxy.injected) > before, "no request was broken")
         trial.must(len(trial.events("start")) <= (1 if trial.kind == "walk" else 2), "workers were restarted")
 
     return act
@@ -269,6 +291,22 @@ def worker_killed(trial: Trial) -> None:
     trial.ended = None
 
 
+def worker_killed_inside(trial: Trial) -> None:
+    """F1: SIGKILL rank 1 one step after a commit inside the cycle: no more than the steps since then are taken again."""
+    done = EVERY_STEPS
+    trial.start((f"step {done + 1}", 1, 1))
+    pid = trial.at_gate()
+    storage, path = Storage(trial.run), f"{folder(1, done)}/manifest.json"
+    trial.wait(lambda: storage.exists(path), "there was no commit inside the cycle", every=0.2)
+    trial.kill(pid)
+    trial.ends(0)
+    trial.ended = None
+    trial.inside[1] = done
+    lost = trial.judged("", "survived", "").steps_lost
+    trial.must(lost <= EVERY_STEPS, f"{lost} steps were taken again")
+    trial.must(f"and step {done} of cycle 2" in trial.log(), "the commit was not continued from")
+
+
 def worker_hangs(trial: Trial) -> None:
     """F2: SIGSTOP rank 1 in its second step."""
     trial.start(("step 1", 1, 1))
@@ -280,6 +318,7 @@ def worker_hangs(trial: Trial) -> None:
     trial.ended = None
     again = [e["at"] for e in trial.events("start") if e["at"] > (trial.struck or 0)]
     trial.must(bool(again), "the group was not restarted")
+    trial.note = f"worker health timeout {FAST_SIGNS['RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S']} s here"
 
 
 def scorer_killed(trial: Trial) -> None:
@@ -686,15 +725,47 @@ def too_much_asked(trial: Trial) -> None:
 
 def nan_in_a_step(trial: Trial) -> None:
     """F18: one NaN batch on one rank of two: no rank takes that step, and training goes on."""
-    trial.start(nan=[1, 1])
+    trial.start(nan=[1, 1, 1, 1])
     trial.ends(0)
     trial.struck = trial.events("nan")[0]["at"]
     trial.compared = False  # it has a step less
     trial.must("has no finite gradient and is left out" in trial.log(), "the step was not left out")
 
 
+def nan_in_a_row(trial: Trial) -> None:
+    """F18: more NaN batches in a row than may be left out, once: back to the last commit, at half the rate, and on to the end."""
+    from raysed.cluster.cycles import SKIPPED_STEPS
+
+    trial.start(nan=[1, 1, 1, SKIPPED_STEPS + 1])
+    trial.ends(0)
+    trial.struck, trial.ended = trial.events("nan")[0]["at"], None
+    trial.compared = False  # half the learning rate
+    trial.must("half the learning rate" in trial.log(), "the run did not go back")
+    trial.must(len(trial.ledger.manifests()) == CYCLES, "it did not reach its end")
+
+
+def nan_for_ever(trial: Trial) -> None:
+    """F18: the same again after the run has gone back: it ends with code 5 and names the tiles."""
+    from raysed.cluster.cycles import SKIPPED_STEPS
+
+    trial.start(nan=[1, 1, 1, 2 * (SKIPPED_STEPS + 1)])
+    trial.ends(5)
+    trial.struck = trial.events("nan")[0]["at"]
+    trial.must(len(trial.ledger.manifests()) == 1, "the last good cycle does not stand alone")
+    named = json.loads(Storage(trial.run).read("diverged.json"))["tile_ids"]
+    begun = {t for e in trial.events("tiles") if e["cycle"] == 1 for t in e["ids"]}
+    trial.must(bool(named) and set(named) <= begun, f"other tiles are named than those of the steps: {named}")
+    trial.note = f"exit 5, {len(named)} tiles named; without the NaN the same command continued"
+    resubmitted(trial)
+
+
 FAULTS: dict[str, dict[str, Fault]] = {
-    "F1": {"worker killed": Fault(worker_killed, "active")},
+    "F1": {
+        "worker killed": Fault(worker_killed, "active"),
+        "worker killed, commits inside": Fault(
+            worker_killed_inside, "active", ("--select.tiles", "48", "--cluster.commit-every-steps", str(EVERY_STEPS))
+        ),
+    },
     "F2": {"worker hangs": Fault(worker_hangs, "active")},
     "F3": {"scorer killed": Fault(scorer_killed, "active")},
     "F4": {"poison tile": Fault(poison, "active")},
@@ -729,7 +800,11 @@ FAULTS: dict[str, dict[str, Fault]] = {
         "bomb, source": Fault(bomb_as_a_source, "prepare", ("--tile", str(SIDE))),
         "bomb, store": Fault(bomb_in_a_store, "active"),
     },
-    "F18": {"NaN": Fault(nan_in_a_step, "active")},
+    "F18": {
+        "NaN": Fault(nan_in_a_step, "active"),
+        "NaN in a row": Fault(nan_in_a_row, "active", ("--select.tiles", "48")),
+        "NaN for ever": Fault(nan_for_ever, "active", ("--select.tiles", "48"), in_place=False),
+    },
     "F19": {"disk full": Fault(disk_full, "walk")},
     "F20": {
         "upload dies": Fault(upload_dies, "walk"),

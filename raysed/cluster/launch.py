@@ -35,6 +35,7 @@ from raysed.io.store import Store
 TRAIN_SETTINGS = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train view
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon an end or a death is seen; 2 s of every start and end otherwise
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",  # a worker that says nothing for so long is given up; ten minutes otherwise
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # a group that shrinks waits so long for a node that is gone; 60 s otherwise
 }
 """Ray Train reads these where `fit` is called; what the user has set stands."""

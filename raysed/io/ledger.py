@@ -21,7 +21,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -145,16 +145,19 @@ class Ledger:
         """
         paths = self.storage.list()
         found: list[Manifest] = []
-        while (path := f"{folder(len(found))}/manifest.json") in paths:
-            try:
-                fields = json.loads(self.storage.read(path))
-                manifest = Manifest(fields["cycle"], fields["files"], fields["record"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(
-                    f"{self.storage.uri}/{path} is damaged ({error!r}): remove it, and the run continues before that cycle"
-                ) from error
-            found.append(manifest)
+        while f"{folder(len(found))}/manifest.json" in paths:
+            found.append(self._manifest(len(found)))
         return found
+
+    def _manifest(self, cycle: int) -> Manifest:
+        path = f"{folder(cycle)}/manifest.json"
+        try:
+            fields = json.loads(self.storage.read(path))
+            return Manifest(fields["cycle"], fields["files"], fields["record"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{self.storage.uri}/{path} is damaged ({error!r}): remove it, and the run continues before that cycle"
+            ) from error
 
     def beyond_gap(self) -> list[str]:
         """Manifests that do not count, because a cycle before them has none."""
@@ -245,7 +248,8 @@ class Ledger:
         return pq.read_table(io.BytesIO(self.read(manifest, name)))
 
     def resume_point(self, say: Callable[[str], None]) -> Manifest | None:
-        """The newest cycle that verifies; later ones are discarded, and said so.
+        """The newest cycle that verifies; later ones are discarded, and said so.  What attempts that came to nothing have left in
+        the folders of committed cycles is removed.
 
         Raises:
             DataError: there are cycles but none verifies; nothing is removed then.
@@ -271,7 +275,14 @@ class Ledger:
         for manifest in bad:
             self._fence()
             self.storage.remove(f"{folder(manifest.cycle)}/manifest.json")
-        return committed[-1 - len(bad)] if committed else None
+        good = committed[: len(committed) - len(bad)]
+        if good:
+            self._fence()
+            paths = list(self.storage.list())
+            for manifest in good:  # a driver that died after a commit had no time to
+                inside = f"{folder(manifest.cycle)}/"
+                self._clear(manifest, good[-1].cycle, [p for p in paths if p.startswith(inside)])
+        return good[-1] if good else None
 
     def prune_steps(self, cycle: int, before: int | None = None) -> None:
         """Remove the commits inside a cycle: all, or those before a step; manifests first."""
@@ -285,13 +296,16 @@ class Ledger:
             self.storage.remove(path)
 
     def prune(self, last: int) -> None:
-        """Remove what retention no longer keeps after cycle `last` was committed."""
-        old = last - 2
-        if old < 0:
-            return
-        gone = ["optimizer.safetensors"] + (["model.safetensors"] if old % KEEP_EVERY else [])
-        for path in self.storage.list(folder(old)):  # those of attempts that came to nothing too
-            if path.rpartition("/")[2] in gone:
+        """Remove what retention no longer keeps once cycle `last` is committed, and what attempts at it have left."""
+        if last >= 2:
+            self._clear(self._manifest(last - 2), last, self.storage.list(folder(last - 2)))
+
+    def _clear(self, manifest: Manifest, last: int, paths: Iterable[str]) -> None:
+        """Remove of these files in the folder of a committed cycle those that do not belong to it or are no longer kept."""
+        wanted = {manifest.path(n) for n in manifest.files if kept(n, manifest.cycle, last)}
+        wanted.add(f"{folder(manifest.cycle)}/manifest.json")
+        for path in paths:
+            if path not in wanted:
                 self.storage.remove(path)
 
     def write_lines(self, manifests: list[Manifest]) -> None:
@@ -301,7 +315,9 @@ class Ledger:
 
     def _fence(self) -> None:
         if self.epoch is None or _newest_lease(self.storage) > self.epoch:
-            raise RunHeldError(f"{self.storage.uri}: another driver has taken this run over; this one stops")
+            raise RunHeldError(
+                f"{self.storage.uri}: {_holder(self.storage)} has taken this run over; this one stops"
+            )
 
 
 def _config_bytes(configs: list[dict[str, Any]]) -> bytes:
@@ -526,6 +542,12 @@ def _newest_lease(storage: Storage) -> int:
     return max(numbers, default=0)
 
 
+def _holder(storage: Storage) -> str:
+    """Who holds the newest lease."""
+    holder = json.loads(storage.read(_lease(_newest_lease(storage))))
+    return f"process {holder['pid']} on {holder['host']}"
+
+
 class Lease:
     """The right to write a run directory.  Taking over creates the next number, which only one can; the old holder, should it
     wake up, sees the higher number and stops.
@@ -541,6 +563,7 @@ class Lease:
         self._me = {
             "host": socket.gethostname(),
             "boot": _boot_id(),
+            "pids": _pid_namespace(),
             "pid": os.getpid(),
             "token": uuid.uuid4().hex,
         }
@@ -552,7 +575,10 @@ class Lease:
         if last:
             self._await_death(last)
         if not self.storage.create(_lease(last + 1), self._body(0)):
-            raise RunHeldError(f"run {self.storage.uri} was taken by another driver just now")
+            raise RunHeldError(
+                f"run {self.storage.uri} was taken just now and is held by {_holder(self.storage)}: wait for it, stop it, or choose "
+                "another --run"
+            )
         if self.storage.create(_lease(last + 1), b"a second put of what exists"):
             raise StorageError(
                 f"{self.storage.uri} overwrites what a conditional put (If-None-Match) must not: two drivers could commit the same "
@@ -599,8 +625,10 @@ class Lease:
             time.sleep(0.5)
 
     def _is_dead_here(self, holder: dict[str, Any]) -> bool:
-        """A holder of this very machine whose process is gone needs no waiting."""
-        if (holder["host"], holder["boot"]) != (self._me["host"], self._me["boot"]):
+        """A holder of this very machine whose process is gone needs no waiting.  Containers may share host name and boot, but
+        each counts its processes by itself.
+        """
+        if any(holder.get(key) != self._me[key] for key in ("host", "boot", "pids")):
             return False
         try:
             os.kill(holder["pid"], 0)
@@ -609,6 +637,11 @@ class Lease:
         except PermissionError:
             return False
         return False
+
+
+def _pid_namespace() -> str:
+    path = "/proc/self/ns/pid"
+    return os.readlink(path) if os.path.exists(path) else ""
 
 
 def _boot_id() -> str:

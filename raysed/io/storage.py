@@ -26,6 +26,8 @@ GAP = 8 << 10
 _CONCURRENCY = 16
 _PIECE = 8 << 20
 _ATTEMPTS = 6
+_PATIENCE = 45.0
+"""Seconds for which a busy store is asked again, after the attempts of the client library."""
 _BUSY = ("SLOW_DOWN", "SERVICE_UNAVAILABLE", "INTERNAL_FAILURE", "Failed to flush response stream")
 """Answers after which pyarrow gives up before a busy store has caught its breath: its retries share a budget, which many concurrent
 reads use up, and the last of these (an error answer longer than the bytes asked for) it does not retry at all."""
@@ -174,7 +176,7 @@ class Storage:
         return f"{self._root}/{_relative(path)}"
 
     def _try(self, path: str, action: Callable[[], _T]) -> _T:
-        attempt = 1
+        began, pause = time.monotonic(), 0.5
         while True:
             try:
                 return action()
@@ -182,10 +184,10 @@ class Storage:
                 raise
             except OSError as error:
                 busy = not self.is_local and any(word in str(error) for word in _BUSY)
-                if attempt >= _ATTEMPTS or not busy:
+                if not busy or time.monotonic() - began > _PATIENCE:
                     raise StorageError(f"{self.uri}/{path}: {_line(error)}") from error
-            time.sleep(random.uniform(0.15, 0.3) * 2**attempt)
-            attempt += 1
+            time.sleep(random.uniform(pause / 2, pause))
+            pause = min(2 * pause, 5.0)
 
     def _read(self, full: str) -> bytes:
         if self.is_local:

@@ -71,6 +71,17 @@ def test_an_honest_run_verifies_and_equals_itself(run):
     assert difference(run, run) == []
 
 
+def test_what_dead_attempts_have_left_is_collected_and_nothing_else(run):
+    kept = set(run.storage.list())
+    open_cycle = {f"{folder(4, 2)}/manifest.json", f"{folder(4)}/by_9_scores.parquet"}
+    left = {f"{folder(c)}/by_9_{n}" for c in (0, 1, 3) for n in ("model.safetensors", "scores.parquet")}
+    for path in open_cycle | left:
+        run.storage.write(path, b"left")
+    assert run.resume_point(lambda _: None).cycle == 3
+    assert set(run.storage.list()) == kept | open_cycle
+    assert verify(run, INDEX) == []
+
+
 def test_a_cycle_without_manifest_does_not_count_and_can_be_committed_again(run):
     run.storage.remove(f"{folder(3)}/manifest.json")
     assert [m.cycle for m in run.manifests()] == [0, 1, 2]
@@ -124,7 +135,7 @@ def test_a_run_without_any_good_cycle_is_refused_and_left_alone(run):
 
 def test_a_driver_overtaken_twice_writes_nothing(run):
     before = run.storage.read(f"{folder(3)}/model.safetensors")
-    run.storage.write("leases/000004.json", b"{}")  # epochs 2 and 3 have come and gone
+    run.storage.write("leases/000004.json", b'{"pid": 7, "host": "there"}')  # epochs 2 and 3 have come and gone
     with pytest.raises(RunHeldError, match="taken this run over"):
         run.commit(3, {"model.safetensors": b"zombie"}, dict)
     assert run.storage.read(f"{folder(3)}/model.safetensors") == before
@@ -139,7 +150,7 @@ def test_a_writer_that_slept_over_a_takeover_leaves_the_committed_files_alone(ru
     def wake(self: Storage, path: str, data: bytes) -> None:
         monkeypatch.setattr(Storage, "write", write)
         if epoch > 1:
-            write(self, "leases/000002.json", b"{}")
+            write(self, "leases/000002.json", b'{"pid": 7, "host": "there"}')
         commit(other, 3)
         write(self, path, data)
 
