@@ -135,7 +135,9 @@ def test_a_run_without_any_good_cycle_is_refused_and_left_alone(run):
 
 def test_a_driver_overtaken_twice_writes_nothing(run):
     before = run.storage.read(f"{folder(3)}/model.safetensors")
-    run.storage.write("leases/000004.json", b'{"pid": 7, "host": "there"}')  # epochs 2 and 3 have come and gone
+    run.storage.write(
+        "leases/000004.json", b'{"pid": 7, "host": "there"}'
+    )  # epochs 2 and 3 have come and gone
     with pytest.raises(RunHeldError, match="taken this run over"):
         run.commit(3, {"model.safetensors": b"zombie"}, dict)
     assert run.storage.read(f"{folder(3)}/model.safetensors") == before
