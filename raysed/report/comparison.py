@@ -22,6 +22,8 @@ from raysed.report.tables import markdown
 Row = dict[str, Any]
 RATIOS = (("b0", "unet"), ("b4", "unet"), ("b0-active", "b0"))
 """Whose seconds are compared; the last is active over passive."""
+AHEAD = 0.2
+"""By how much the passive baseline's miou must exceed that of the best constant prediction."""
 FIGURES = {
     "iou.svg": ("val", "miou"),
     "train-loss.svg": ("train", "loss"),
@@ -269,7 +271,7 @@ def tables(rows: list[Row], runs: Sequence[RunFile]) -> str:
     nets = [[n, look.mean(n, "parameters", 0), look.mean(n, "forward_ms", 1)] for n in names]
     conditions = list(dict.fromkeys(r["metric"] for r in rows if r["metric"].startswith("miou under ")))
     robust = [[n, *(look.mean(n, c) for c in conditions)] for n in names]
-    first = [[c, *(look.mean(n, f"first_correct_cycle/{c}", 1, plus=1) for n in names)] for c in classes]
+    first = [[c, *(look.first(n, f"first_correct_cycle/{c}") for n in names)] for c in classes]
     moves = [[c, *(look.mean(n, f"fluctuation/{c}") for n in names)] for c in classes]
     return "\n".join(
         [
@@ -297,9 +299,18 @@ class _Look:
     def seeds(self, name: str) -> str:
         return ", ".join(str(r["seed"]) for r in self.found[name, "cycles"])
 
-    def mean(self, name: str, metric: str, digits: int = 4, *, plus: float = 0) -> str:
+    def first(self, name: str, metric: str) -> str:
+        """Mean over the seeds for which a cycle is known, counted from 1; with their number if it is unknown for others."""
+        found = [r["value"] for r in self.found.get((name, metric), [])]
+        known = [v + 1 for v in found if v is not None]
+        if not known:
+            return "never" if found else ""
+        some = "" if len(known) == len(found) else f" ({len(known)} of {len(found)} seeds)"
+        return f"{np.mean(known):.1f}{some}"
+
+    def mean(self, name: str, metric: str, digits: int = 4) -> str:
         """Mean over seeds; of several, with the lowest and the highest."""
-        known = [r["value"] + plus for r in self.found.get((name, metric), []) if r["value"] is not None]
+        known = [r["value"] for r in self.found.get((name, metric), []) if r["value"] is not None]
         if not known:
             return ""
         text = f"{np.mean(known):.{digits}f}"
@@ -323,9 +334,14 @@ class _Look:
 
 
 def _constant(look: _Look) -> str:
-    """What a network that has learnt nothing reaches; without a clear distance a comparison means nothing."""
+    """What a network that has learnt nothing reaches, and whether the passive baseline is far enough from it."""
     names = [n for n, m in look.found if m == "best_constant_miou"]
-    return f"\nThe best constant prediction has miou {look.mean(names[0], 'best_constant_miou')}.\n"
+    text = f"\nThe best constant prediction has miou {look.mean(names[0], 'best_constant_miou')}."
+    if ("b0", "miou") in look.found:
+        ahead = look.number("b0", "miou") - look.number("b0", "best_constant_miou")
+        counts = "counts" if ahead > AHEAD else "does not count"
+        text += f"  b0, passive, is {ahead:.3f} above it, so this comparison {counts}: {AHEAD} is asked for."
+    return text + "\n"
 
 
 def _facts(runs: Sequence[RunFile]) -> str:
