@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from raysed import cli
-from raysed.cluster.chaos import Bench, Fault, Row, attempt, small_store, table
+from raysed.cluster.chaos import NODES, Bench, Fault, Row, attempt, small_store, table
 from raysed.cluster.faulted import MUTANTS
 from raysed.cluster.faultproxy import FaultProxy
 from raysed.cluster.faults import FAULTS, ORDER
@@ -121,8 +121,7 @@ def chaos(names: Sequence[str], *, mutant: str | None, soak: float | None, seed:
             made = stack.enter_context(
                 LocalCluster(folder / f"ray-{time.monotonic_ns()}", {**through, **more})
             )
-            made.add_node()
-            made.add_node()
+            made.complete(NODES)
             return made
 
         bench.cluster, bench.new_cluster = new_cluster({}), new_cluster

@@ -38,6 +38,8 @@ Verdict = Literal["survived", "lost", "not_promised"]
 CYCLES = 4
 SIDE = 64
 """Of a tile, pixels."""
+NODES = 2
+"""Besides the head."""
 PATIENCE = 180.0
 """Seconds a job may take to reach its gate or its end: nothing may hang longer."""
 JOB = ("--arch", "unet:tu-test_resnet", "--workers", "2", "--cycles", str(CYCLES), "--select.tiles", "24", "--optim.batch", "8",
@@ -435,6 +437,8 @@ def attempt(bench: Bench, name: str, fault: Fault) -> Row:
     )  # fmt: skip
     before = len(bench.proxy.injected) if bench.proxy else 0
     try:
+        if bench.cluster and fault.kind != "walk":
+            bench.cluster.complete(NODES)
         fault.act(trial)
         injected = bench.proxy.injected[before:] if bench.proxy else []
         if trial.struck is None and injected:

@@ -259,6 +259,11 @@ class LocalCluster:
         )
         return len(self.nodes) - 1
 
+    def complete(self, nodes: int) -> None:
+        """Start what is missing of so many nodes besides the head: Ray gives up nodes that a busy machine keeps from answering."""
+        for _ in range(nodes + 1 - self.alive()):
+            self.add_node()
+
     def drain_node(self, node_id: str, seconds: float) -> None:
         """Tell Ray that a node will be taken away in so many seconds, as a cloud does of a spot node."""
         subprocess.run(
