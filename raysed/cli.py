@@ -9,12 +9,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from raysed.config import Experiment, Field, fields_of, load_config, with_overrides
 from raysed.errors import RaysedError, UsageError
 from raysed.experiments import PRESETS
+from raysed.io.storage import Storage
 
 SHORT = {
     "data.uri": "--data",
@@ -122,10 +122,13 @@ def parse_experiment(args: argparse.Namespace, start: Experiment) -> tuple[Exper
     if args.config:
         if preset:
             raise UsageError("--preset and --config exclude each other")
+        folder, slash, name = args.config.rpartition("/")
         try:
-            start = load_config(Path(args.config).read_text(), args.config)
-        except OSError as error:
-            raise UsageError(f"--config {args.config}: {error.strerror}") from error
+            start = load_config(Storage(folder or slash or ".").read(name).decode(), args.config)
+        except (FileNotFoundError, IsADirectoryError) as error:
+            raise UsageError(f"--config {args.config}: No such file") from error
+        except UnicodeDecodeError as error:
+            raise UsageError(f"--config {args.config}: not text ({error})") from error
     elif preset or "data.uri" not in flags:
         preset = preset or "demo"
         start = PRESETS[preset]

@@ -28,8 +28,14 @@ _PIECE = 8 << 20
 _ATTEMPTS = 6
 _PATIENCE = 45.0
 """Seconds for which a busy store is asked again, after the attempts of the client library."""
-_BUSY = ("SLOW_DOWN", "SERVICE_UNAVAILABLE", "INTERNAL_FAILURE", "Failed to flush response stream")
-"""Answers after which pyarrow gives up before a busy store has caught its breath: its retries share a budget, which many concurrent
+_BUSY = (
+    "SLOW_DOWN",
+    "SERVICE_UNAVAILABLE",
+    "INTERNAL_FAILURE",
+    "HTTP status 50",
+    "Failed to flush response stream",
+)
+"""Answers (that to a HEAD has a status alone) after which pyarrow gives up before a busy store has caught its breath: its retries share a budget, which many concurrent
 reads use up, and the last of these (an error answer longer than the bytes asked for) it does not retry at all."""
 _CONNECT, _REQUEST = 5, 30
 """Seconds until a connection or a request counts as failed."""
@@ -258,8 +264,7 @@ class Storage:
     def _arrow(self) -> Any:
         from pyarrow import fs
 
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        endpoint, region = _place()
         return fs.S3FileSystem(
             endpoint_override=endpoint,
             region=region or ("us-east-1" if endpoint else None),
@@ -272,13 +277,32 @@ class Storage:
     def _s3fs(self) -> Any:
         import s3fs
 
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        endpoint, _ = _place()
         limits = {
             "connect_timeout": _CONNECT,
             "read_timeout": _REQUEST,
             "retries": {"max_attempts": _ATTEMPTS, "mode": "standard"},
         }
         return s3fs.S3FileSystem(endpoint_url=endpoint, config_kwargs=limits, skip_instance_cache=True)
+
+
+def _place() -> tuple[str | None, str | None]:
+    """Endpoint and region by the environment or the profile, resolved by botocore's rules for both clients: pyarrow knows no
+    endpoint of a profile, and reads would go to another store than commits.
+
+    Raises:
+        UsageError: a profile that there is none of.
+    """
+    import botocore.session
+    from botocore.configprovider import ConfiguredEndpointProvider
+    from botocore.exceptions import BotoCoreError
+
+    session = botocore.session.get_session()
+    try:
+        provider = ConfiguredEndpointProvider(session.full_config, session.get_scoped_config(), "s3")
+        return provider.provide(), os.environ.get("AWS_REGION") or session.get_config_variable("region")
+    except BotoCoreError as error:
+        raise UsageError(f"AWS configuration: {_line(error)}") from error
 
 
 def digest(data: bytes) -> str:

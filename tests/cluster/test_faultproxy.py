@@ -122,6 +122,17 @@ def test_a_refusal_that_persists_is_one_line_with_the_object(storage, proxy, kin
         assert time.monotonic() - began < 40
 
 
+def test_a_store_that_stays_busy_is_not_asked_for_ever(storage, proxy, monkeypatch):
+    monkeypatch.setattr("raysed.io.storage._ATTEMPTS", 2)
+    monkeypatch.setattr("raysed.io.storage._PATIENCE", 3.0)
+    storage.write("a", b"x")
+    proxy.add(Rule("slowdown"))
+    began = time.monotonic()
+    with pytest.raises(StorageError, match="503"):
+        storage.read("a")
+    assert 3 < time.monotonic() - began < 30
+
+
 @pytest.mark.timeout(120)
 def test_a_long_outage_ends_in_a_stated_time(storage, proxy, monkeypatch):
     """With half of the attempts, to be quick; all of them take 22 s."""

@@ -1,4 +1,5 @@
 import itertools
+import os
 import pickle
 import threading
 import time
@@ -119,6 +120,31 @@ def test_an_unreachable_endpoint_is_one_line_in_bounded_time(bucket, monkeypatch
         OPERATIONS[operation](Storage(bucket))
     assert "\n" not in str(failed.value)
     assert time.monotonic() - began < 20
+
+
+def test_endpoint_and_credentials_of_a_profile_hold_for_every_operation(bucket, monkeypatch, tmp_path):
+    lines = {
+        "endpoint_url": os.environ["AWS_ENDPOINT_URL"],
+        "aws_access_key_id": os.environ["AWS_ACCESS_KEY_ID"],
+        "aws_secret_access_key": os.environ["AWS_SECRET_ACCESS_KEY"],
+        "region": "eu-north-1",
+    }
+    config = tmp_path / "config"
+    config.write_text("[profile sea]\n" + "".join(f"{k} = {v}\n" for k, v in lines.items()))
+    for name in [n for n in os.environ if n.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    monkeypatch.setenv("AWS_PROFILE", "sea")
+    storage = Storage(bucket)
+    assert storage.create("x", b"data")
+    storage.write("y", b"more")
+    assert (storage.read("x"), storage.list()) == (b"data", {"x": 4, "y": 4})
+
+
+def test_a_profile_that_there_is_none_of_is_named(monkeypatch):
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(UsageError, match="nobody"):
+        Storage("s3://bucket/x").read("x")
 
 
 @pytest.mark.parametrize("operation", ["write", "create"])
