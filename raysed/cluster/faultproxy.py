@@ -223,7 +223,9 @@ class FaultProxy:
         cut: bool = False,
     ) -> web.StreamResponse:
         response = web.StreamResponse(status=status, headers=headers)
-        if request.method != "HEAD":  # the answer to a HEAD states the length of what it does not bring
+        if request.method == "HEAD":  # its answer states the length of what it does not bring
+            data = b""
+        else:
             response.content_length = len(data)
         await response.prepare(request)
         await response.write(data[: len(data) // 2] if cut else data) if data else None
