@@ -96,8 +96,8 @@ class OptimConfig:
     """Decay a step of a moving average of the weights, which then scores, is evaluated and is committed; 0 is off.  A young
     average decays faster."""
     norm_tiles: int = 0
-    """Training tiles, the last of each cycle, from which batch norm of the averaged weights is estimated anew; 0 averages the
-    running statistics too."""
+    """Labelled training tiles, drawn uniformly each cycle whatever it trains on, from which batch norm of the averaged weights is
+    estimated anew; 0 averages the running statistics too."""
     weight_decay: float = 0.0
     """Decoupled weight decay of kernels, times the learning rate a step."""
     clip: float | None = None

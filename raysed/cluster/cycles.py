@@ -38,7 +38,7 @@ from raysed.core.acquisition import STRATEGIES
 from raysed.core.counts import iou_of_sums
 from raysed.core.labelling import bought, rows_bought
 from raysed.core.losses import class_weights
-from raysed.core.plan import Plan, plan
+from raysed.core.plan import Plan, norm_plan, plan
 from raysed.core.pool import Selection, matrix
 from raysed.core.splits import training_rows, validation_rows
 from raysed.core.statistics import LAST
@@ -70,8 +70,6 @@ from raysed.io.people import Request
 from raysed.io.storage import Storage, digest
 from raysed.io.store import BadTile, Store
 
-Pixels = list[tuple[int, np.ndarray]]
-"""Micro-batches of one rank in one step: number and (B, side, side, 3) uint8 images."""
 EXAMPLES, EXAMPLES_EVERY = 4, 5
 """Validation tiles that are pictured with label and prediction, and the cycles between pictures."""
 NOTICE_STEPS = 8
@@ -134,7 +132,7 @@ class Worker:
         self.pool = training_rows(self.store.index, self.exp.data.held_out, unlabelled=self.exp.asks_people)
         self.taught = self.store
         """The store that training reads from."""
-        self.candidates = self.pool["tile_id"].to_pylist()
+        self.candidates = sorted(self.pool["tile_id"].to_pylist())
         self.ledger = Ledger(Storage(str(self.exp.run)), arm.epoch, start)
         dataset = self.store.dataset
         self.names = [c.name for c in dataset.classes]
@@ -325,7 +323,8 @@ class Worker:
         order = plan(
             selection.tile_ids, self.exp.seed, cycle, self.exp.optim.batch, self.exp.optim.micro_batch
         )
-        train = self._train(opened, order)
+        norm = self._norm_plan(opened)
+        train = self._train(opened, order, norm)
         self._at("evaluate", cycle)
         with clock.phase("evaluate"):
             val, read, found = self._evaluate()
@@ -358,7 +357,7 @@ class Worker:
                 "labelled": len(bought(selection.state)) if self.exp.buys_labels else len(self.candidates),
                 "steps": order.steps,
                 "quarantined": len(self.quarantine),
-                "estimated": min(len(order.order), self._estimated() * self.exp.optim.batch),
+                "estimated": len(norm.order),
                 "train": train,
                 "val": val,
                 "scores": scores and {k: scores[k] for k in ("tiles", "side", "entropy_mean")},
@@ -386,9 +385,8 @@ class Worker:
         clock = Clock()
         self._at("score", cycle)
         scores = self._score(cycle, clock) if self.keeper and self.exp.scores_before(cycle) else None
-        excluded = sorted(self.quarantine)
         with clock.phase("select"):
-            selection = self._first(lambda: self._select(cycle, scores, excluded))
+            selection, excluded = self._first(lambda: self._select(cycle, scores))
         self._labels(cycle, selection, scores)
         self._at("select", cycle)
         if self.exp.buys_labels and self.exp.pool.retrain and cycle and self.exp.pool.begins(cycle):
@@ -463,8 +461,10 @@ class Worker:
         weights = checkpoint.unpack(self.ledger.read(manifest, "model.safetensors"), "model.safetensors")
         return {n: t.numpy() for n, t in weights.items()}, manifest.files["model.safetensors"]["sha256"]
 
-    def _select(self, cycle: int, scores: Scored | None, excluded: list[str]) -> Selection:
-        return choose(
+    def _select(self, cycle: int, scores: Scored | None) -> tuple[Selection, list[str]]:
+        """The selection, and the tiles in quarantine, of which scorers have told rank 0 alone."""
+        excluded = sorted(self.quarantine)
+        selection = choose(
             self.exp,
             cycle,
             scores=scores.table if scores else None,
@@ -472,6 +472,7 @@ class Worker:
             state=self.state,
             excluded=set(excluded),
         )
+        return selection, excluded
 
     def _labels(self, cycle: int, selection: Selection, scores: Scored | None) -> None:
         """Labels by people: ask for those just picked, or take them; training reads them from the run's own store.
@@ -510,28 +511,28 @@ class Worker:
         alpha = class_weights(pixels, self.exp.loss.alpha_power)
         self.learner.alpha = torch.from_numpy(alpha).to(self.device)
 
-    def _estimated(self) -> int:
-        """Steps of a cycle, its last ones, whose tiles batch norm is estimated from, if there are so many."""
-        return -(-self.exp.optim.norm_tiles // self.exp.optim.batch)
+    def _norm_plan(self, opened: OpenCycle) -> Plan:
+        """Tiles that batch norm is estimated from, out of all that are labelled: the same for every strategy."""
+        optim, owned, bad = self.exp.optim, bought(opened.selection.state), set(opened.excluded)
+        labelled = sorted(owned) if self.exp.buys_labels else self.candidates
+        ids = [t for t in labelled if t not in bad] if optim.norm_tiles else []
+        return norm_plan(
+            ids,
+            optim.norm_tiles,
+            seed=self.exp.seed,
+            cycle=opened.cycle,
+            batch=optim.batch,
+            micro_batch=optim.micro_batch,
+        )
 
-    def _seen(self, cycle: int, order: Plan, steps: range) -> list[Pixels]:
-        """Images of steps that were trained on before a commit inside the cycle, read again."""
-        if not steps:
-            return []
-        batches = [order.micro_batches(step, self.rank, self.workers) for step in steps]
-        wanted = [(p, order.order[p]) for step in batches for _, positions in step for p in positions]
-        stream = self._stream("train", wanted, keys=(self.exp.seed, cycle))
-        seen = [[(n, self._arrays(stream.take(positions))[0]) for n, positions in step] for step in batches]
-        stream.close()
-        return seen
-
-    def _train(self, opened: OpenCycle, order: Plan) -> dict[str, float]:
-        """All steps that are left; loss and learning rate of the cycle."""
+    def _train(self, opened: OpenCycle, order: Plan, norm: Plan) -> dict[str, float]:
+        """All steps that are left, and batch norm from tiles that come behind them; loss and learning rate of the cycle."""
         exp, cycle = self.exp, opened.cycle
         own = order.share(self.rank, self.workers)
         share = [(p, order.order[p]) for p in own if p >= opened.done * exp.optim.batch]
-        with closing(self._stream("train", share, keys=(exp.seed, cycle))) as stream:
-            lr = self._steps(opened, order, stream)
+        behind = [(len(order.order) + p, norm.order[p]) for p in norm.share(self.rank, self.workers)]
+        with closing(self._stream("train", share + behind, keys=(exp.seed, cycle))) as stream:
+            lr = self._steps(opened, order, norm, stream)
         if self.keeper and self.collects and self.rank == 0:
             visits = sorted(opened.visits, key=lambda v: v[0])
             black = self.quarantine
@@ -544,28 +545,24 @@ class Worker:
             opened.selection = replace(opened.selection, state=seen)
         return {"loss": loss / max(known, 1), "lr": lr}
 
-    def _steps(self, opened: OpenCycle, order: Plan, stream: Stream) -> float:
-        """The steps that are left, counted in the open cycle; the last learning rate."""
+    def _steps(self, opened: OpenCycle, order: Plan, norm: Plan, stream: Stream) -> float:
+        """The steps that are left and batch norm, counted in the open cycle; the last learning rate."""
         exp, cycle, selection = self.exp, opened.cycle, opened.selection
         part = Part(stream)
         lr = exp.optim.lr
         weighted = any(w != 1 for w in selection.weights)
         weight_of = dict(zip(selection.tile_ids, selection.weights, strict=True))
         first, length = exp.schedule_span(cycle)
-        estimated = max(0, order.steps - self._estimated())
-        kept = self._seen(cycle, order, range(estimated, opened.done))
         for step in range(opened.done, order.steps):
             if step == order.steps // 2:
                 self._at("train", cycle)
             micro: list[MicroBatch] = []
-            pixels: Pixels = []
             for number, positions in order.micro_batches(step, self.rank, self.workers):
                 images, labels = self._arrays(stream.take(positions))
                 weights = [weight_of[order.order[p]] for p in positions] or [1.0]
                 weight = torch.tensor(weights, device=self.device) if weighted else None
                 micro.append(MicroBatch(number, *to_device(images, labels, self.device), weight))
                 part.positions.append(positions)
-                pixels.append((number, images))
             at = (cycle - first) * order.steps + step
             lr = learning_rate(exp.optim.lr / 2**self.rollbacks, exp.optim.schedule, at, length * order.steps)
             part.losses.append(
@@ -580,16 +577,20 @@ class Worker:
             )
             if self.learner.skipped:
                 self._left_out(opened, order, step)
-            if step >= estimated:
-                kept.append(pixels)
             if step + 1 < order.steps and self._is_due(step + 1):
                 self._count(opened, part, step + 1)
                 if self.rank == 0:
                     self._commit_inside(opened)
                 part = Part(stream)
         self.learner.estimate(
-            ([(n, to_images(images, self.device)) for n, images in own], self._micro_batches(order, step))
-            for step, own in enumerate(kept, start=estimated)
+            (
+                [
+                    (number, self._images(stream.take([len(order.order) + p for p in positions])))
+                    for number, positions in norm.micro_batches(step, self.rank, self.workers)
+                ],
+                self._micro_batches(norm, step),
+            )
+            for step in range(norm.steps)
         )
         self._count(opened, part, order.steps)
         return lr
@@ -686,6 +687,9 @@ class Worker:
         if not rows:
             return np.zeros((1, side, side, 3), np.uint8), np.zeros((1, side, side), np.uint8)
         return np.stack([r.image for r in rows]), np.stack([r.label for r in rows])
+
+    def _images(self, rows: list[Row]) -> torch.Tensor:
+        return to_images(self._arrays(rows)[0], self.device)
 
     def _evaluate(self) -> tuple[dict[str, Any], Counter[str], torch.Tensor | None]:
         """Metrics on the validation tiles, how many of them each node has read for it, and the classes found in the first."""

@@ -42,3 +42,18 @@ def plan(ids: Sequence[str], seed: int, cycle: int, batch: int, micro_batch: int
     order = sorted(ids)
     keyed_rng("order", seed, cycle).shuffle(order)
     return Plan(tuple(order), batch, micro_batch)
+
+
+def norm_plan(ids: Sequence[str], count: int, *, seed: int, cycle: int, batch: int, micro_batch: int) -> Plan:
+    """Tiles that batch norm is estimated from after a cycle: drawn uniformly by (seed, cycle) alone, so that no strategy shifts it.
+
+    Args:
+        ids: sorted.
+        count: tiles to draw; all of them if they are fewer.
+        seed: of the run.
+        cycle: number.
+        batch: tiles a step.
+        micro_batch: tiles a forward pass.
+    """
+    at = keyed_rng("norm", seed, cycle).choice(len(ids), min(count, len(ids)), replace=False)
+    return Plan(tuple(ids[i] for i in at), batch, micro_batch)

@@ -60,7 +60,7 @@ def test_a_run_killed_at_five_points_ends_equal_to_an_undisturbed_one(small_stor
 )
 def test_a_run_killed_inside_a_cycle_continues_after_its_last_step(small_store, tmp_path, mode, point, more):
     """With scores of every source: what the next selection needs is in the ledger, visits and weights of two cycles ago; of
-    averaged weights also those in training, and the tiles that batch norm is estimated from are read again.
+    averaged weights also those in training; the tiles that batch norm is estimated from are drawn again.
     """
     flags = ["--data", small_store, "--cycles", "3", "--select.scores", mode, *FAST, *more]
     flags += ["--cluster.commit-every-steps", "1"]

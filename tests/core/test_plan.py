@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raysed.core.plan import plan
+from raysed.core.plan import norm_plan, plan
 
 IDS = [f"t{i:03d}" for i in range(101)]
 
@@ -42,3 +42,23 @@ def test_all_ranks_take_part_in_every_step():
 def test_order_follows_seed_and_cycle_and_not_the_order_of_the_ids():
     assert plan(IDS, 1, 2, 16, 8) == plan(IDS[::-1], 1, 2, 16, 8)
     assert plan(IDS, 1, 2, 16, 8) != plan(IDS, 1, 3, 16, 8) != plan(IDS, 2, 3, 16, 8)
+
+
+def drawn(ids=IDS, count=32, seed=1, cycle=2):
+    return norm_plan(ids, count, seed=seed, cycle=cycle, batch=16, micro_batch=8)
+
+
+def test_batch_norm_is_estimated_on_tiles_that_follow_from_seed_and_cycle_alone():
+    assert len(set(drawn().order)) == 32
+    assert set(drawn().order) <= set(IDS)
+    assert drawn() == drawn()
+    assert drawn() != drawn(cycle=3) != drawn(seed=2, cycle=3)
+    assert sorted(drawn(count=1000).order) == IDS
+    assert drawn([]).steps == 0
+
+
+def test_batch_norm_is_estimated_on_every_tile_alike():
+    seen = Counter(t for cycle in range(400) for t in drawn(count=20, cycle=cycle).order)
+    share = 20 / len(IDS)
+    deviation = (400 * share * (1 - share)) ** 0.5
+    assert all(abs(seen[t] - 400 * share) < 5 * deviation for t in IDS)
