@@ -32,7 +32,8 @@ class DataConfig:
     validation: Literal["all", "dev", "report"] = "all"
     """Which validation tiles count: all, or those of one half of the source images, by hash of their name."""
     held_out: str | None = None
-    """Regions, with commas between, that are not trained on; their tiles alone are then validated on."""
+    """Regions, with commas between, that are not trained on; their tiles alone, whatever their split, are then validated on.  A
+    source stays in the half that it is in without."""
 
     def __post_init__(self) -> None:
         _require(

@@ -48,19 +48,28 @@ def selectable(index: pa.Table, held_out: str | None, *, unlabelled: bool = Fals
 def validation_rows(index: pa.Table, validation: str, held_out: str | None) -> pa.Table:
     """Labelled tiles of split val, or all those of the regions held out, whatever their split; of all sources or of a half.
 
+    The half of a source does not depend on what is held out: sources of split val have one, and all others one of their own.
+
     Args:
         index: of the store.
         validation: all, dev or report.
         held_out: regions with commas between.
     """
     rows = labelled(index)
-    own = pc.equal(rows["split"], "val") if held_out is None else _within(rows, held_out)
-    rows = rows.filter(own)
+    official = pc.equal(rows["split"], "val")
+    own = rows.filter(official if held_out is None else _within(rows, held_out))
     if validation == "all":
-        return rows
-    sources = rows["source"].to_pylist()
-    half = halves(dict(zip(sources, rows["region"].to_pylist(), strict=True)))
-    return rows.filter(pc.equal(pa.array([half[s] for s in sources], pa.string()), validation))
+        return own
+    half = halves(_regions(rows.filter(official)))
+    if held_out is not None:
+        half = halves({s: r for s, r in _regions(rows).items() if s not in half}) | half
+    wanted = [source for source, side in half.items() if side == validation]
+    return own.filter(pc.is_in(own["source"], pa.array(wanted, pa.string())))
+
+
+def _regions(rows: pa.Table) -> dict[str, str]:
+    pairs = rows.group_by(["source", "region"]).aggregate([])
+    return dict(zip(pairs["source"].to_pylist(), pairs["region"].to_pylist(), strict=True))
 
 
 def _within(rows: pa.Table, regions: str) -> pa.ChunkedArray:

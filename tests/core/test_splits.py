@@ -47,3 +47,27 @@ def test_a_region_held_out_is_validated_on_and_not_trained_on(index):
     assert set(val["region"].to_pylist()) == {"r1", "r2"}
     assert set(val["split"].to_pylist()) == {"train", "val"}
     assert len(training_rows(index, None)) == 60
+
+
+@pytest.mark.parametrize("held_out", ["r1", "r1,r2", "r0,r1,r2,r3,r4"])
+def test_no_source_changes_its_half_by_what_is_held_out(index, held_out):
+    """Dev is chosen by in every experiment: a source of the report half must not be in it under a hold-out."""
+    official, every = (
+        {
+            source: half
+            for half in ("dev", "report")
+            for source in validation_rows(index, half, regions)["source"].to_pylist()
+        }
+        for regions in (None, "r0,r1,r2,r3,r4")
+    )
+    for half in ("dev", "report"):
+        rows = validation_rows(index, half, held_out)
+        sources = rows["source"].to_pylist()
+        assert {every[s] for s in sources} == {half}
+        assert all(official.get(s, half) == half for s in sources)
+        assert set(rows["region"].to_pylist()) == set(held_out.split(","))
+    both = [len(validation_rows(index, half, held_out)) for half in ("dev", "report")]
+    assert sum(both) == len(validation_rows(index, "all", held_out))
+    assert abs(both[0] - both[1]) <= 2 * 2 * len(
+        held_out.split(",")
+    )  # a source has two tiles, a region two kinds
