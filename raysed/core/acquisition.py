@@ -2,7 +2,8 @@
 
 A strategy is a function of the scores, the index, a state, a budget and a generator; ties are broken by tile_id, so neither the
 number of scorers nor the order of their answers matters.  The state is what the strategy itself kept, plus the facts that the
-run adds: `progress` (0 in the first cycle, 1 in the last) and, for a strategy that reads it and after the first cycle, `class_iou`
+run adds: `protocol` (reselect or pool), `progress` (0 in the first cycle and 1 in the last; where labels are bought, in the first and
+the last purchase that the strategy makes) and, for a strategy that reads it and after the first cycle, `class_iou`
 (IoU of each class on the training batches of the cycle before, None for a class they did not show).
 """
 

@@ -1,7 +1,8 @@
 """Strategies that follow scores.  Letters: N tiles, k budget, C classes, D features.
 
 Columns that scorers give (entropy, margin, mass, features) cost a forward pass over the pool; columns that training leaves
-behind (loss, class_loss) cost nothing, and are null for a tile that no cycle has visited.
+behind (loss, class_loss) cost nothing, are smoothed over a tile's visits (half the newest, half what was), and are null for a tile
+that no cycle has visited.
 """
 
 import math
@@ -15,9 +16,14 @@ from raysed.core.passive import Select
 from raysed.core.pool import Pool, Selection
 
 TAIL = 0.875
-"""Progress from which a run ends on uniform draws (InfoBatch's delta)."""
+"""Progress from which a run ends on uniform draws (InfoBatch's delta); 1 is never."""
 GAP_POWER = 2.0
 """Power of 1 - IoU in the class weights of `class_gap`."""
+
+
+def before(tail: float, progress: float) -> bool:
+    """Whether the tail of uniform draws has not begun."""
+    return tail >= 1 or progress < tail
 
 
 def margin(
@@ -44,6 +50,7 @@ def power_entropy(beta: float = 1.0) -> Select:
     Source: power acquisition of Kirsch et al., Stochastic Batch Acquisition (TMLR 2023), beta 1.
     Cost: a forward pass over the pool; O(N log N).
     Protocol: both.  Entropy of a focal loss is nearly flat, so beta 1 is nearly uniform.
+    Options: beta.
 
     Args:
         beta: 0 is uniform, infinity the top k.
@@ -59,7 +66,7 @@ def power_entropy(beta: float = 1.0) -> Select:
     return select
 
 
-def clasp_pe(first_beta: float = 1.0, last_beta: float = 100.0, stratified: float = 0.66) -> Select:
+def clasp_pe(first: float = 1.0, last: float = 100.0, stratified: float = 0.66) -> Select:
     """Class-stratified power entropy.
 
     Idea: two thirds of the budget are divided evenly over the classes, each taking the tiles uncertain about it; noise that
@@ -68,11 +75,12 @@ def clasp_pe(first_beta: float = 1.0, last_beta: float = 100.0, stratified: floa
     random order; the rest goes by log H_i + Gumbel(0, 1 / beta); beta = first (last / first)^progress.
     Source: ClaSP PE (Lüth et al., TMLR 2026, arXiv 2601.13677): 66 %, beta 1 to 100.
     Cost: a forward pass over the pool; O(C N log N).
-    Protocol: pool-based.  In re-selection beta 100 ends as the top k: stop at 8.
+    Protocol: pool-based, progress counted in purchases.  In re-selection beta 100 ends as the top k: stop at last=8.
+    Options: first, last, stratified.
 
     Args:
-        first_beta: of the first cycle.
-        last_beta: of the last.
+        first: beta of the first cycle, or purchase.
+        last: beta of the last.
         stratified: share of the budget that is divided over the classes.
     """
 
@@ -80,7 +88,7 @@ def clasp_pe(first_beta: float = 1.0, last_beta: float = 100.0, stratified: floa
         scores: pa.Table | None, index: pa.Table, state: dict[str, Any], budget: int, rng: np.random.Generator
     ) -> Selection:
         pool = Pool(scores, index)
-        beta = first_beta * (last_beta / first_beta) ** state["progress"]
+        beta = first * (last / first) ** state["progress"]
         mass, entropy = pool.scores("mass").astype(float), pool.score("entropy")
         classes = rng.permutation(mass.shape[1]).tolist()
         share, more = divmod(int(stratified * budget), len(classes))
@@ -110,6 +118,7 @@ def class_gap(power: float = GAP_POWER) -> Select:
     Source: after DCAU-AL (arXiv 2604.08965), known to us from summaries only; its adaptive threshold is left out.
     Cost: a forward pass over the pool; O(N (C + log N)).
     Protocol: pool-based; in re-selection a control, as `entropy`.
+    Options: power.
 
     Args:
         power: 0 is plain entropy.
@@ -137,17 +146,18 @@ def infobatch(pruned: float = 0.5, tail: float = TAIL) -> Select:
     """Tiles that are well learned half as often, and weighted to make up for it.
 
     Idea: skip a random part of the easy tiles, keep the expected gradient.
-    Formula: inclusion probability pi_i proportional to 1 - r where the loss of the last visit is below the mean, else to 1; sum
-    k; weight k / (N pi_i), so that the weighted sum of any tile quantity is unbiased for k times its mean.  Tiles without a
+    Formula: inclusion probability pi_i proportional to 1 - r where the loss is below the mean, else to 1; sum k; weight k / (N pi_i), so that the weighted sum of any tile quantity is unbiased for k times its mean.  Tiles without a
     visit count as hard.  Uniform from `tail` on.  Systematic sample in random order.
     Source: InfoBatch (Qin et al., ICLR 2024), r 0.5, delta 0.875.  There the kept tiles are as many as they come and weigh
-    1 / (1 - r) or 1; here the budget is fixed, which leaves the same ratio of weights.
+    1 / (1 - r) or 1; here the budget is fixed, which leaves the same ratio of weights.  There the loss is the last visit's; here
+    it is smoothed over visits.
     Cost: none; O(N log N).
     Protocol: re-selection from labelled tiles.
+    Options: pruned, tail.
 
     Args:
         pruned: r.
-        tail: progress from which all tiles are alike.
+        tail: delta, progress from which all tiles are alike; 1 is never.
     """
 
     def select(
@@ -156,7 +166,7 @@ def infobatch(pruned: float = 0.5, tail: float = TAIL) -> Select:
         pool = Pool(scores, index)
         loss = pool.score("loss")
         known = loss[~np.isnan(loss)]
-        easy = loss < (known.mean() if len(known) and state["progress"] < tail else -np.inf)
+        easy = loss < (known.mean() if len(known) and before(tail, state["progress"]) else -np.inf)
         probability = draws.inclusion(np.where(easy, 1 - pruned, 1.0), budget)
         order = rng.permutation(len(pool))
         at = order[draws.systematic(probability[order], rng)]
@@ -169,7 +179,7 @@ def infobatch(pruned: float = 0.5, tail: float = TAIL) -> Select:
 def top_loss(
     scores: pa.Table | None, index: pa.Table, state: dict[str, Any], budget: int, rng: np.random.Generator
 ) -> Selection:
-    """The highest loss of the last visit first.
+    """The highest loss first, smoothed over a tile's visits.
 
     Idea: train on what the network gets wrong.
     Formula: descending mean cross-entropy; tiles without a visit come before all others, in random order.

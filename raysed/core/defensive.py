@@ -1,4 +1,4 @@
-"""Our strategy: half of a cycle goes round the pool, the other half to what each class still gets wrong."""
+"""Our strategy: half of a cycle goes round the pool, the other half to what each class still gets wrong.  Letters: N tiles, k budget, C classes."""
 
 from typing import Any
 
@@ -6,12 +6,15 @@ import numpy as np
 import pyarrow as pa
 
 from raysed.core import draws
-from raysed.core.active import TAIL, gap_weights
+from raysed.core.active import TAIL, before, gap_weights
 from raysed.core.passive import Select
 from raysed.core.pool import Pool, Selection
 
 MIXTURE = 0.5
 """Share of a cycle that goes to hard tiles."""
+FIRST_MIXTURE, LAST_MIXTURE = 0.3, 0.9
+"""The same of the first and of the last purchase, where labels are bought: no tile is bought twice, so scores, which grow better,
+may have more and more of the say."""
 WARM_UP = 0.05
 """Progress until which scores are not trusted: 5 cycles of 100, one round of the pool at a fifth a cycle."""
 CAP = 0.95
@@ -28,6 +31,8 @@ def defensive(
     cap: float = CAP,
     gap_power: float = 0.0,
     weight_power: float = 0.0,
+    first_mixture: float = FIRST_MIXTURE,
+    last_mixture: float = LAST_MIXTURE,
 ) -> Select:
     """Defensive class-stratified mixture.
 
@@ -44,47 +49,59 @@ def defensive(
     1 / (1 - lambda).
     Source: own; defensive mixtures are Hesterberg's (Technometrics 1995), the sample is Madow's (1949).
     Cost: none for class_loss, a forward pass over the pool for mass; O(N (C + log N)).
-    Protocol: re-selection with class_loss; mass needs no labels, but the dominant class.
+    Protocol: re-selection; with mass, which needs no labels but for the dominant class, also pool-based.  There lambda goes from
+    `first_mixture` to `last_mixture` with the purchases, warm-up and tail do not exist (the start is by chance anyway), and the m
+    tiles are drawn uniformly, every region its share, in place of the queue.
+    Options: all numbers below.  Ablations: mixture=0 is the epoch queue, tail=1, warm_up=0, cap=1, gap_power=1 (where the loss does
+    not weigh classes), weight_power=0.5.
 
     Args:
         column: class_loss or mass, (N, C): per-class sums whose total is the tile's mean loss or entropy.
         reducible: subtract the column irreducible, a loss per pixel.
-        mixture: lambda, 0 <= lambda < 1.
+        mixture: lambda in re-selection, 0 <= lambda < 1.
         warm_up: progress before which lambda is 0.
-        tail: progress from which lambda is 0.
+        tail: progress from which lambda is 0; 1 is never.
         cap: quantile, 1 is no limit.
         gap_power: 0 gives all classes the same weight, right where the loss weighs classes already.
         weight_power: 0 is no weights, 1 undoes the preference in expectation.
+        first_mixture: lambda of the first purchase.
+        last_mixture: lambda of the last.
     """
 
     def select(
         scores: pa.Table | None, index: pa.Table, state: dict[str, Any], budget: int, rng: np.random.Generator
     ) -> Selection:
         pool = Pool(scores, index)
-        hard = int(mixture * budget) if warm_up <= state["progress"] < tail else 0
-        queued, queue = draws.from_queue(pool.ids, state.get("queue"), budget - hard, rng)
-        reasons = [f"queue, epoch {queue['epoch']}"] * len(queued)
+        progress, kept = state["progress"], {}
+        if state.get("protocol") == "pool":
+            hard = int(((1 - progress) * first_mixture + progress * last_mixture) * budget)
+            floor = draws.stratified(pool.codes("region"), budget - hard, rng)
+            reasons = ["region's share"] * len(floor)
+        else:
+            hard = int(mixture * budget) if warm_up <= progress and before(tail, progress) else 0
+            floor, queue = draws.from_queue(pool.ids, state.get("queue"), budget - hard, rng)
+            reasons, kept = [f"queue, epoch {queue['epoch']}"] * len(floor), {"queue": queue}
         if not hard:
-            return pool.selection(queued, reasons, state={"queue": queue})
+            return pool.selection(floor, reasons, state=kept)
         values = pool.scores(column).astype(float)
         if reducible:
             values = np.maximum(values - pool.score("irreducible")[:, None] * pool.class_shares, 0)
         h = difficulty(values, gap_weights(state, values.shape[1], gap_power), cap)
         rest = np.ones(len(pool), bool)
-        rest[queued] = False
+        rest[floor] = False
         order = np.lexsort((pool.class_shares.argmax(1), pool.codes("source"), pool.codes("region")))
         order = order[rest[order]]
         drawn = order[draws.systematic(draws.inclusion(h[order], hard), rng)]
         drawn = drawn[np.lexsort((drawn, -h[drawn]))]
-        at = np.r_[queued, drawn]
+        at = np.r_[floor, drawn]
         weights = None
         if weight_power:
-            floor = len(queued) / len(pool)
-            chance = floor + (1 - floor) * draws.inclusion(h, hard)[at]
+            share = len(floor) / len(pool)
+            chance = share + (1 - share) * draws.inclusion(h, hard)[at]
             weights = (budget / len(pool) / chance) ** weight_power
             weights /= weights.mean()
         reasons += [f"difficulty {x:.2f}" for x in (h[drawn] / max(h.mean(), 1e-300)).tolist()]
-        return pool.selection(at, reasons, weights, {"queue": queue})
+        return pool.selection(at, reasons, weights, kept)
 
     return select
 

@@ -97,6 +97,21 @@ def systematic(probabilities: np.ndarray, rng: np.random.Generator) -> np.ndarra
     return np.sort(np.r_[np.flatnonzero(certain), rest[np.searchsorted(edges, points, side="right")]])
 
 
+def stratified(groups: np.ndarray, budget: int, rng: np.random.Generator) -> np.ndarray:
+    """Uniform sample of fixed size that gives every group its share to within one tile.  O(N log N).
+
+    Args:
+        groups: (N,) int.
+        budget: k, 1..N.
+        rng: orders the tiles within their groups, and lays the points.
+
+    Returns:
+        (k,) positions, group by group.
+    """
+    order = np.lexsort((rng.random(len(groups)), groups))
+    return order[systematic(np.full(len(groups), budget / len(groups)), rng)]
+
+
 def from_queue(
     ids: np.ndarray, queue: dict[str, Any] | None, budget: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, dict[str, Any]]:

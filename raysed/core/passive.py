@@ -42,7 +42,9 @@ def class_random(temperature: float = RARE_TEMPERATURE, share: float = RARE_SHAR
     k of log w + Gumbel(0, 1).  Tiles without weight follow in random order.
     Source: rare class sampling of DAFormer (Hoyer et al., CVPR 2022), T 0.01, 3000 pixels.
     Cost: none; O(N (C + log N)).
-    Protocol: re-selection from labelled tiles.  Class weights in the loss on top of it count rare classes twice.
+    Protocol: re-selection from labelled tiles.  Class weights in the loss on top of it count rare classes twice: one channel for
+    class balance, so `loss.alpha_power` 0.
+    Options: temperature, share.
 
     Args:
         temperature: T; lower prefers rare classes more.
@@ -91,7 +93,5 @@ def region_random(
     Protocol: both; it needs no labels.
     """
     pool = Pool(scores, index)
-    regions = pool.codes("region")
-    order = np.lexsort((rng.random(len(pool)), regions))
-    at = order[draws.systematic(np.full(len(pool), budget / len(pool)), rng)]
+    at = draws.stratified(pool.codes("region"), budget, rng)
     return pool.selection(at, ["region's share"] * budget)

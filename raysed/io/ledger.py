@@ -402,7 +402,7 @@ def choose(
     budget = experiment.select.budget(len(pool))
     if experiment.buys_labels:
         return _buy_and_choose(experiment, cycle, scores=scores, pool=pool, state=state, budget=budget)
-    facts = {"progress": cycle / max(experiment.cycles - 1, 1)}
+    facts = {"protocol": "reselect", "progress": cycle / max(experiment.cycles - 1, 1)}
     rng = keyed_rng("select", experiment.seed, cycle)
     return strategy.select(scores, pool, {**state, **facts}, budget, rng)
 
@@ -417,7 +417,7 @@ def _buy_and_choose(
     budget: int,
 ) -> Selection:
     number, rounds = cycle // experiment.pool.cycles, -(-experiment.cycles // experiment.pool.cycles)
-    facts = {"progress": number / max(rounds - 1, 1)}
+    facts = {"protocol": "pool", "progress": (number - 1) / max(rounds - 2, 1)}  # round 0 is by chance
 
     rng = keyed_rng("select", experiment.seed, cycle)
 

@@ -176,7 +176,7 @@ def test_clasp_divides_two_thirds_evenly_over_classes():
         wanted += sorted(free, key=lambda i: -mass[i, c])[: 5 if turn < 3 else 4]
     free = [i for i in range(N) if i not in wanted]
     wanted += sorted(free, key=lambda i: -entropy[i])[: 29 - 19]
-    sharp = clasp_pe(first_beta=1e9, last_beta=1e9)(scores, index, HALF, 29, keyed_rng("x"))
+    sharp = clasp_pe(first=1e9, last=1e9)(scores, index, HALF, 29, keyed_rng("x"))
     assert sharp.tile_ids == [f"t{i:02d}" for i in wanted]
 
 
@@ -334,6 +334,29 @@ def test_defensive_is_half_queue_half_hard_between_warm_up_and_tail(progress, ha
     assert chosen.state == queue.state
     assert [r.startswith("difficulty") for r in chosen.reasons] == [False] * (21 - hard) + [True] * hard
     assert chosen.weights == [1.0] * 21
+
+
+@pytest.mark.parametrize(("progress", "hard"), [(0.0, 6), (0.5, 12), (1.0, 18)])
+def test_where_labels_are_bought_defensive_trusts_scores_more_with_every_purchase(progress, hard):
+    scores, index = world()
+    state = {"protocol": "pool", "progress": progress}
+    chosen = select("defensive-entropy", scores, index, 20, state=state)
+    kinds = [r.split()[0] for r in chosen.reasons]
+    assert kinds == ["region's"] * (20 - hard) + ["difficulty"] * hard
+    assert chosen.state == {}
+    regions = [int(t[1:]) % 5 for t in chosen.tile_ids[: 20 - hard]]
+    assert np.ptp(np.bincount(regions, minlength=5)) <= 1
+
+
+def test_a_tail_of_one_never_begins():
+    scores, index = world()
+    kinds = [
+        set(made(scores, index, {"progress": 1.0}, 20, keyed_rng("x")).reasons)
+        for made in (infobatch(tail=1.0), infobatch())
+    ]
+    assert kinds == [{"easy", "hard"}, {"hard"}]
+    last = defensive(tail=1.0)(scores, index, {"progress": 1.0}, 20, keyed_rng("x"))
+    assert sum(r.startswith("difficulty") for r in last.reasons) == 10
 
 
 def test_defensive_visits_every_tile_whatever_the_scores():

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from raysed.config import Experiment, PoolConfig, SelectConfig
-from raysed.core.acquisition import STRATEGIES
+from raysed.core.acquisition import STRATEGIES, Strategy
 from raysed.core.labelling import bought, rows_bought
 from raysed.core.pool import Selection
 from raysed.core.scores import ScoreTable
@@ -108,3 +108,26 @@ def test_strategies_that_look_at_labels_are_known():
     assert refused == {
         "class-random", "infobatch", "top-loss", "reducible-loss", "defensive", "defensive-reducible",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("budgets", "wanted"), [(4, [0, 0.5, 1]), (3, [0, 1]), (2, [0]), (6, [0, 0.25, 0.5, 0.75, 1])]
+)
+def test_progress_counts_the_purchases_that_a_strategy_makes(monkeypatch, budgets, wanted):
+    """The first budget is drawn by chance, so four budgets are three purchases: 1, 10 and 100 as ClaSP PE's beta."""
+    seen = []
+
+    def spy(scores, index, state, budget, rng):
+        seen.append((state["protocol"], state["progress"]))
+        return STRATEGIES["uniform"].select(scores, index, state, budget, rng)
+
+    monkeypatch.setitem(STRATEGIES, "spy", Strategy(spy))
+    exp = Experiment(
+        cycles=2 * budgets,
+        select=SelectConfig(strategy="spy", protocol="pool"),
+        pool=PoolConfig(start=0.1, buy=0.1, cycles=2),
+    )
+    state: dict = {}
+    for cycle in range(exp.cycles):
+        state = choose(exp, cycle, scores=None, index=index(0), state=state, excluded=set()).state
+    assert seen == [("pool", p) for p in wanted]

@@ -315,7 +315,7 @@ def test_a_selection_knows_the_progress_of_its_run_and_the_state_before(monkeypa
     for cycles, cycle in ((5, 0), (5, 1), (5, 4), (1, 0)):
         exp = Experiment(cycles=cycles, select=SelectConfig(strategy="spy"))
         choose(exp, cycle, scores=None, index=INDEX, state={"kept": 7}, excluded=set())
-    assert seen == [{"kept": 7, "progress": p} for p in (0.0, 0.25, 1.0, 0.0)]
+    assert seen == [{"kept": 7, "protocol": "reselect", "progress": p} for p in (0.0, 0.25, 1.0, 0.0)]
 
 
 def test_a_strategy_whose_scores_are_not_there_is_refused():
