@@ -5,8 +5,9 @@
         --arms uniform,class-random,defensive,defensive-entropy:select.scores=byproduct --seeds 0,1
     python jobs/evidence.py ... --split report      the other half, read once: refused without a committed plan
 
-An arm is a strategy with fields of its own after colons; `ceiling` trains on all tiles in every cycle.  All other fields hold for
-all arms.  Runs of a seed start from the same weights, take tiles in orders and augmentations of the same keys and are validated on
+An arm is a strategy with fields of its own after colons, such as `defensive:select.options=mixture=0.3+tail=1`; `ceiling` trains on all
+tiles in every cycle.  All other fields hold for all arms, but `class-random` balances classes by its draws and so trains without
+class weights (loss.alpha_power 0), unless its own fields say otherwise.  Runs of a seed start from the same weights, take tiles in orders and augmentations of the same keys and are validated on
 the same tiles.  As many run at once as find room, all arms of a seed first; on CPUs a run without --cluster.threads has its node for
 itself.  Every run leaves a small file in --results; the same command again skips what is finished and continues a broken run.
 Cost: arms x seeds times one run of jobs/train.py; --dry-run reckons it.

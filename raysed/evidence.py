@@ -10,7 +10,7 @@ from typing import Any
 from raysed import cli
 from raysed.compare import run_all, seeds_of
 from raysed.config import Experiment, with_overrides
-from raysed.core.acquisition import STRATEGIES
+from raysed.core.acquisition import STRATEGIES, strategy_of
 from raysed.errors import EXIT_INTERRUPTED, UsageError
 from raysed.io.provenance import is_committed
 from raysed.io.storage import Storage
@@ -19,7 +19,7 @@ from raysed.report import runfile
 from raysed.report.evidence import METRICS, write_evidence
 from raysed.runs import say, with_data
 
-OWN = ("select.strategy", "seed", "baseline", "data.validation")
+OWN = ("select.strategy", "select.options", "seed", "baseline", "data.validation")
 """Fields that arms, seeds and split fix."""
 CEILING = "ceiling"
 """Arm that trains on all tiles in every cycle: what there is to win, at several times the compute."""
@@ -33,7 +33,7 @@ class EvidenceArm:
     """One arm: a strategy, or the ceiling, and fields of its own."""
 
     name: str
-    """As given: `strategy[:field=value]...`."""
+    """As given: `strategy[:field=value]...`; only the first `=` of a field divides."""
     strategy: str
     fields: dict[str, str]
 
@@ -51,7 +51,11 @@ class EvidenceArm:
         return "passive" if passive else "active"
 
     def experiment(self, base: Experiment, run: str, seed: int, split: str) -> Experiment:
-        """The run of a seed."""
+        """The run of a seed.
+
+        Raises:
+            UsageError: a field that there is not, or a value that it does not take.
+        """
         own = {"select.strategy": self.strategy}
         if self.strategy == CEILING:
             own = {
@@ -60,8 +64,12 @@ class EvidenceArm:
                 "select.tiles": "none",
                 "select.protocol": "reselect",
             }
+        if self.strategy == "class-random":
+            own["loss.alpha_power"] = "0"  # one channel for class balance
         common = {"run": run, "seed": seed, "baseline": False, "data.validation": split}
-        return with_overrides(base, {**own, **self.fields, **common}, f"arm {self.name}")
+        experiment = with_overrides(base, {**own, **self.fields, **common}, f"arm {self.name}")
+        strategy_of(experiment.select.strategy, experiment.select.options)  # refused now, not hours later
+        return experiment
 
 
 def arms_of(text: str) -> list[EvidenceArm]:

@@ -34,7 +34,7 @@ from raysed.cluster.opencycle import SELECTED, WORK, Clock, OpenCycle, Part
 from raysed.cluster.scorekeeping import Scored, Scorekeeper
 from raysed.cluster.stream import Row, Stream
 from raysed.core import metrics, networks
-from raysed.core.acquisition import STRATEGIES
+from raysed.core.acquisition import strategy_of
 from raysed.core.counts import iou_of_sums
 from raysed.core.labelling import bought, rows_bought
 from raysed.core.losses import class_weights
@@ -146,7 +146,8 @@ class Worker:
         self.collects = False
         self._busy = 0.0
         """Seconds of the last cycle in which nothing was scored."""
-        if STRATEGIES[self.exp.select.strategy].needs:
+        self.strategy = strategy_of(self.exp.select.strategy, self.exp.select.options)
+        if self.strategy.needs:
             self.keeper = Scorekeeper(
                 setup.scorers,
                 setup.patience,
@@ -444,7 +445,7 @@ class Worker:
         return {n: t.numpy() for n, t in self.learner.weights().items()}, self.weights_hash
 
     def _needs(self, column: str) -> bool:
-        return column in STRATEGIES[self.exp.select.strategy].needs
+        return column in self.strategy.needs
 
     def _reference(self) -> tuple[dict[str, np.ndarray], str]:
         """The newest weights of the run that the experiment refers to."""
@@ -572,7 +573,7 @@ class Worker:
                     key=("drop", exp.seed, cycle, step),
                     total=self._micro_batches(order, step),
                     visits=part.visits if self.collects else None,
-                    by_class=STRATEGIES[exp.select.strategy].reads_iou,
+                    by_class=self.strategy.reads_iou,
                 )
             )
             if self.learner.skipped:

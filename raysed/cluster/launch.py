@@ -52,7 +52,7 @@ def arms_of(experiment: Experiment) -> list[tuple[str, Experiment]]:
     own = (experiment.select.strategy, replace(experiment, baseline=False))
     if not experiment.baseline or experiment.select.strategy == "uniform":
         return [own]
-    select = replace(experiment.select, strategy="uniform")
+    select = replace(experiment.select, strategy="uniform", options="")
     passive = replace(experiment, select=select, run=f"{experiment.run}/baseline", baseline=False)
     return [("uniform", passive), own]
 

@@ -6,7 +6,7 @@ from raysed.cluster.connect import check_paths
 from raysed.cluster.scorekeeping import RECORDED
 from raysed.config import Experiment
 from raysed.core import networks
-from raysed.core.acquisition import STRATEGIES
+from raysed.core.acquisition import strategy_of
 from raysed.core.splits import training_rows, validation_rows
 from raysed.errors import UsageError
 from raysed.io import people
@@ -101,22 +101,19 @@ def check_run_paths(experiment: Experiment) -> None:
 
 def check_strategy(experiment: Experiment) -> None:
     """Prove that the run records what its strategy selects by."""
-    if experiment.select.strategy not in STRATEGIES:
-        raise UsageError(
-            f"select.strategy must be one of {', '.join(STRATEGIES)}, got {experiment.select.strategy!r}"
-        )
-    if missing := STRATEGIES[experiment.select.strategy].needs - RECORDED:
+    strategy = strategy_of(experiment.select.strategy, experiment.select.options)
+    if missing := strategy.needs - RECORDED:
         raise UsageError(
             f"strategy {experiment.select.strategy} needs the scores {', '.join(sorted(missing))}, which no run records: "
             "choose another --select"
         )
-    if "irreducible" in STRATEGIES[experiment.select.strategy].needs:
+    if "irreducible" in strategy.needs:
         check_reference(experiment)
-    if "features" in STRATEGIES[experiment.select.strategy].needs and experiment.select.scores == "byproduct":
+    if "features" in strategy.needs and experiment.select.scores == "byproduct":
         raise UsageError(
             f"strategy {experiment.select.strategy} compares features of one network: select.scores must be fresh or overlapped"
         )
-    if experiment.buys_labels and STRATEGIES[experiment.select.strategy].needs_labels:
+    if experiment.buys_labels and strategy.needs_labels:
         raise UsageError(
             f"strategy {experiment.select.strategy} looks at labels, which select.protocol pool has yet to buy: choose another --select"
         )

@@ -7,7 +7,12 @@ the last purchase that the strategy makes) and, for a strategy that reads it and
 (IoU of each class on the training batches of the cycle before, None for a class they did not show).
 """
 
-from dataclasses import dataclass
+import difflib
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,11 +32,31 @@ from raysed.core.active import (
 from raysed.core.defensive import defensive
 from raysed.core.passive import Select, class_random, epoch_queue, region_random
 from raysed.core.pool import Pool, Selection
+from raysed.errors import UsageError
 
 OF_LABELS = frozenset({"loss", "class_loss", "irreducible"})
 """Columns of the scores that follow from labels."""
 FORWARD = frozenset({"entropy", "margin", "mass", "features"})
 """Columns of the scores that cost a forward pass over the pool; the others are left behind by training."""
+BETWEEN = {
+    "mixture": "[0, 1)",
+    "first_mixture": "[0, 1)",
+    "last_mixture": "[0, 1)",
+    "warm_up": "[0, 1]",
+    "tail": "[0, 1]",
+    "cap": "(0, 1]",
+    "gap_power": "[0, 10]",
+    "weight_power": "[0, 1]",
+    "first": "(0, inf)",
+    "last": "(0, inf)",
+    "stratified": "[0, 1]",
+    "beta": "[0, inf)",
+    "power": "[0, 10]",
+    "temperature": "(0, inf)",
+    "share": "(0, 1]",
+    "pruned": "[0, 1)",
+}
+"""Option of a strategy -> the interval that it must lie in; one that is not here, of somebody's own strategy, may be any number."""
 
 
 def uniform(
@@ -62,6 +87,28 @@ class Strategy:
     """Whether it looks at the labels of tiles it may select."""
     reads_iou: bool = False
     """Whether it looks at `class_iou`, which training then counts."""
+    factory: Callable[..., Select] | None = None
+    """Makes `select`; its keyword arguments with a float as default are the options of the strategy."""
+
+    @classmethod
+    def made(
+        cls, factory: Callable[..., Select], needs: frozenset[str] = frozenset(), **reads: bool
+    ) -> "Strategy":
+        """What a factory makes of its defaults."""
+        return cls(factory(), needs, factory=factory, **reads)
+
+    @property
+    def options(self) -> dict[str, float]:
+        """Its options and their defaults."""
+        parameters = inspect.signature(self.factory).parameters if self.factory else {}
+        return {n: p.default for n, p in parameters.items() if isinstance(p.default, float)}
+
+    def with_options(self, numbers: dict[str, float]) -> "Strategy":
+        """The same with other numbers; one that weighs classes by their gap has to see their IoU."""
+        if not numbers or self.factory is None:
+            return self
+        reads_iou = self.reads_iou or numbers.get("gap_power", 0.0) > 0
+        return replace(self, select=self.factory(**numbers), reads_iou=reads_iou)
 
     @property
     def needs_labels(self) -> bool:
@@ -81,19 +128,63 @@ class Strategy:
 STRATEGIES = {
     "uniform": Strategy(uniform),
     "epoch-queue": Strategy(epoch_queue),
-    "class-random": Strategy(class_random(), reads_labels=True),
+    "class-random": Strategy.made(class_random, reads_labels=True),
     "region-random": Strategy(region_random),
-    "infobatch": Strategy(infobatch(), frozenset({"loss"})),
+    "infobatch": Strategy.made(infobatch, frozenset({"loss"})),
     "entropy": Strategy(top_entropy, frozenset({"entropy"})),
     "margin": Strategy(margin, frozenset({"margin"})),
-    "power-entropy": Strategy(power_entropy(), frozenset({"entropy"})),
-    "clasp-pe": Strategy(clasp_pe(), frozenset({"entropy", "mass"})),
-    "class-gap": Strategy(class_gap(), frozenset({"mass"}), reads_iou=True),
+    "power-entropy": Strategy.made(power_entropy, frozenset({"entropy"})),
+    "clasp-pe": Strategy.made(clasp_pe, frozenset({"entropy", "mass"})),
+    "class-gap": Strategy.made(class_gap, frozenset({"mass"}), reads_iou=True),
     "top-loss": Strategy(top_loss, frozenset({"loss"})),
     "reducible-loss": Strategy(reducible_loss, frozenset({"loss", "irreducible"})),
     "k-center": Strategy(k_center, frozenset({"features"})),
-    "defensive": Strategy(defensive(), frozenset({"class_loss"})),
-    "defensive-entropy": Strategy(defensive("mass"), frozenset({"mass"})),
-    "defensive-reducible": Strategy(defensive(reducible=True), frozenset({"class_loss", "irreducible"})),
+    "defensive": Strategy.made(defensive, frozenset({"class_loss"})),
+    "defensive-entropy": Strategy.made(partial(defensive, "mass"), frozenset({"mass"})),
+    "defensive-reducible": Strategy.made(
+        partial(defensive, reducible=True), frozenset({"class_loss", "irreducible"})
+    ),
 }
 """Name -> strategy; `select.strategy` takes these names."""
+
+
+def strategy_of(name: str, options: str = "") -> Strategy:
+    """The strategy of this name, made with the numbers of `select.options`.
+
+    Args:
+        name: of `STRATEGIES`.
+        options: such as `mixture=0.3+tail=1`; empty is the strategy as it is.
+
+    Raises:
+        UsageError: no such strategy, an option that it does not have, or a value that the option does not take.
+    """
+    if name not in STRATEGIES:
+        raise UsageError(f"select.strategy must be one of {', '.join(STRATEGIES)}, got {name!r}")
+    strategy = STRATEGIES[name]
+    numbers: dict[str, float] = {}
+    for option in options.split("+") if options else ():
+        key, _, value = option.partition("=")
+        if key not in strategy.options:
+            near = difflib.get_close_matches(key, strategy.options, n=1)
+            raise UsageError(
+                f"select.options: strategy {name} has no option {key!r}, "
+                + (f"did you mean {near[0]!r}?" if near else f"it has {', '.join(strategy.options) or 'none'}")
+            )
+        if key in numbers:
+            raise UsageError(f"select.options gives {key} twice: {options}")
+        numbers[key] = _number(key, value)
+    return strategy.with_options(numbers)
+
+
+def _number(name: str, text: str) -> float:
+    between = BETWEEN.get(name, "(-inf, inf)")
+    low, high = map(float, between[1:-1].split(","))
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    above = low <= value if between[0] == "[" else low < value
+    below = value <= high if between[-1] == "]" else value < high
+    if not (above and below):
+        raise UsageError(f"select.options: {name} must be a number in {between}, got {text!r}")
+    return value

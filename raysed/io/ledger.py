@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 
 from raysed.config import Experiment
 from raysed.core import metrics
-from raysed.core.acquisition import STRATEGIES, Selection
+from raysed.core.acquisition import Selection, Strategy, strategy_of
 from raysed.core.labelling import by_chance, pool_cycle
 from raysed.core.randomness import keyed_rng
 from raysed.core.splits import selectable
@@ -390,7 +390,7 @@ def choose(
     Raises:
         UsageError: the strategy needs scores that this run does not have.
     """
-    strategy = STRATEGIES[experiment.select.strategy]
+    strategy = strategy_of(experiment.select.strategy, experiment.select.options)
     if experiment.scores_before(cycle) and (missing := strategy.missing(scores)):
         raise UsageError(
             f"strategy {experiment.select.strategy} needs the scores {', '.join(missing)}, which this run does not record: "
@@ -401,7 +401,9 @@ def choose(
     pool = pool.filter(pc.invert(pc.is_in(pool["tile_id"], bad)))
     budget = experiment.select.budget(len(pool))
     if experiment.buys_labels:
-        return _buy_and_choose(experiment, cycle, scores=scores, pool=pool, state=state, budget=budget)
+        return _buy_and_choose(
+            experiment, cycle, strategy, scores=scores, pool=pool, state=state, budget=budget
+        )
     facts = {"protocol": "reselect", "progress": cycle / max(experiment.cycles - 1, 1)}
     rng = keyed_rng("select", experiment.seed, cycle)
     return strategy.select(scores, pool, {**state, **facts}, budget, rng)
@@ -410,6 +412,7 @@ def choose(
 def _buy_and_choose(
     experiment: Experiment,
     cycle: int,
+    strategy: Strategy,
     *,
     scores: pa.Table | None,
     pool: pa.Table,
@@ -422,7 +425,7 @@ def _buy_and_choose(
     rng = keyed_rng("select", experiment.seed, cycle)
 
     def by_strategy(left: pa.Table, own: dict[str, Any], buys: int) -> Selection:
-        return STRATEGIES[experiment.select.strategy].select(scores, left, {**own, **facts}, buys, rng)
+        return strategy.select(scores, left, {**own, **facts}, buys, rng)
 
     return pool_cycle(
         pool,

@@ -26,6 +26,20 @@ def test_an_arm_is_a_strategy_with_fields_of_its_own():
     assert ran[3].select.scores == "byproduct"
 
 
+def test_an_arm_may_have_a_strategy_of_other_numbers():
+    arm = arms_of("uniform,defensive:select.options=mixture=0.3+tail=1:optim.ema=0")[1]
+    assert arm.fields == {"select.options": "mixture=0.3+tail=1", "optim.ema": "0"}
+    assert arm.experiment(Experiment(), "r", 0, "dev").select.options == "mixture=0.3+tail=1"
+    with pytest.raises(UsageError, match="no option 'mixtur', did you mean 'mixture'"):
+        arms_of("defensive:select.options=mixtur=0.3")[0].experiment(Experiment(), "r", 0, "dev")
+
+
+def test_class_random_balances_classes_in_one_channel_unless_told_otherwise():
+    plain, both, other = arms_of("class-random,class-random:loss.alpha_power=0.25,uniform")
+    power = [a.experiment(Experiment(), "r", 0, "dev").loss.alpha_power for a in (plain, both, other)]
+    assert power == [0, 0.25, 0.5]
+
+
 @pytest.mark.parametrize(
     ("arms", "text"),
     [

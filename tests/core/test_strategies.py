@@ -7,12 +7,13 @@ import pyarrow as pa
 import pytest
 
 from raysed.config import SelectConfig, fields_of
-from raysed.core.acquisition import STRATEGIES
+from raysed.core.acquisition import BETWEEN, STRATEGIES, strategy_of
 from raysed.core.active import clasp_pe, class_gap, infobatch, k_center, power_entropy, reducible_loss
 from raysed.core.defensive import defensive, difficulty
 from raysed.core.passive import class_random, class_weights, epoch_queue, rarest_class, region_random
 from raysed.core.pool import Pool
 from raysed.core.randomness import keyed_rng
+from raysed.errors import UsageError
 
 N, C = 60, 4
 VISITED = ("loss", "class_loss", "irreducible")
@@ -412,6 +413,77 @@ def test_defensive_reducible_forgives_what_cannot_be_learned():
     even = [i for i in labelled if i % 2 == 0]
     odd = [i for i in labelled if i % 2]
     assert picks[odd].mean() > 4 * picks[even].mean()
+
+
+def options_of(name: str) -> dict[str, float]:
+    return STRATEGIES[name].options
+
+
+TUNABLE = [n for n in STRATEGIES if options_of(n)]
+
+
+@pytest.mark.parametrize("name", TUNABLE)
+def test_options_at_their_defaults_change_nothing(name):
+    scores, index = world()
+    same = strategy_of(name, "+".join(f"{k}={v}" for k, v in options_of(name).items()))
+    for state in ({**HALF, "protocol": p} for p in ("reselect", "pool")):
+        chosen = same.select(scores, index, state, 13, keyed_rng("x"))
+        assert chosen == select(name, scores, index, 13, state=state)
+    assert strategy_of(name) is STRATEGIES[name]
+    assert options_of(name).keys() <= BETWEEN.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("defensive", "mixture=0.2"),
+        ("defensive-entropy", "cap=0.3"),
+        ("defensive-reducible", "weight_power=1"),
+        ("defensive", "gap_power=2"),
+        ("defensive", "warm_up=0.9"),
+        ("clasp-pe", "last=8"),
+        ("clasp-pe", "stratified=0+first=2"),
+        ("power-entropy", "beta=1000"),
+        ("class-gap", "power=0"),
+        ("class-random", "temperature=10"),
+        ("infobatch", "pruned=0.1"),
+        ("infobatch", "tail=0.1"),
+    ],
+)
+def test_an_option_changes_what_is_chosen(name, options):
+    scores, index = world()
+    chosen = strategy_of(name, options).select(scores, index, HALF, 29, keyed_rng("x"))
+    assert chosen != select(name, scores, index, 29)
+
+
+def test_defensive_sees_the_iou_of_classes_only_if_it_weighs_by_it():
+    assert [strategy_of("defensive", o).reads_iou for o in ("", "gap_power=0", "gap_power=1")] == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "text"),
+    [
+        ("unifrom", "", "must be one of uniform, .* got 'unifrom'"),
+        ("defensive", "mixtur=0.3", "has no option 'mixtur', did you mean 'mixture'"),
+        ("uniform", "tail=1", "strategy uniform has no option 'tail', it has none"),
+        ("defensive", "mixture=1", r"mixture must be a number in \[0, 1\), got '1'"),
+        ("defensive", "cap=0", r"cap must be a number in \(0, 1\]"),
+        ("clasp-pe", "last=inf", r"last must be a number in \(0, inf\)"),
+        ("clasp-pe", "last=", "last must be a number"),
+        ("clasp-pe", "last=nan", "last must be a number"),
+        ("clasp-pe", "last=8,first=2", "last must be a number"),
+        ("clasp-pe", "last=8+last=9", "gives last twice"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(name, options, text):
+    with pytest.raises(UsageError, match=text):
+        strategy_of(name, options)
+
+
+def test_the_configuration_names_every_option():
+    doc = next(f.doc for f in fields_of(SelectConfig) if f.name == "options")
+    words = set(doc.replace(",", " ").replace(";", " ").replace(".", " ").split())
+    assert {o for n in STRATEGIES for o in options_of(n)} <= words
 
 
 def test_a_strategy_of_ones_own_is_one_function():
