@@ -55,7 +55,7 @@ def job(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace maps of another model, other settings or another image",
+        help="make all maps anew, in place of those of whatever model, settings or image",
     )
     parser.add_argument(
         "--shared-filesystem", action="store_true", help="all nodes of the cluster see the same files"

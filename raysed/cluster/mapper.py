@@ -86,11 +86,11 @@ class Task:
 
     def marker(self, image: Image) -> str:
         """Path of the file that says whose the outputs of an image are."""
-        return f"made/{self.key}/{image.name}@{image.size}"
+        return f"made/{self.key}/{image.name}@{image.identity}"
 
     def pieces(self, image: Image) -> str:
         """Folder of its pieces."""
-        return f"pieces/{self.key}/{image.name}@{image.size}"
+        return f"pieces/{self.key}/{image.name}@{image.identity}"
 
     def outputs(self, image: Image) -> list[str]:
         """Paths of its outputs, the map last."""

@@ -6,8 +6,8 @@ last is there.  OUTPUT: a target folder of maps.  What is in it:
 
     NAME.tif NAME.tif.aux.xml       the map, written last: it commits the image; NAME.png for a PNG or JPEG
     NAME.entropy.tif NAME.probabilities.tif
-    made/HASH/NAME@BYTES            written first: these outputs are of this model, these settings and this image
-    pieces/HASH/NAME@BYTES/         blocks of a map that is not finished
+    made/HASH/NAME@IMAGE            written first: these outputs are of this model, these settings and this image
+    pieces/HASH/NAME@IMAGE/         blocks of a map that is not finished
 """
 
 import json
@@ -155,7 +155,7 @@ def predict(
         labels: of images by name; with them the maps are scored.
         workers: actors; None means one a GPU or CPU, and more as the cluster grows.
         device: `auto`, `cpu` or `cuda`.
-        overwrite: replace outputs of other models, settings or images.
+        overwrite: make all maps anew, in place of whatever is there.
         shared_filesystem: all nodes of the cluster see the same files.
         say: prints a line.
 
@@ -169,7 +169,7 @@ def predict(
     began = time.monotonic()
     storage = Storage(target)
     task = Task(model.record, settings, storage.uri)
-    todo = _unmade(storage, task, images, overwrite=overwrite)
+    todo = unmade(storage, task, images, overwrite=overwrite)
     model.network()  # weights that do not fit are told before the cluster is asked
     connect()
     check_paths(
@@ -214,40 +214,53 @@ def predict(
     return result
 
 
-def _unmade(storage: Storage, task: Task, images: Sequence[Image], *, overwrite: bool) -> list[Image]:
-    """Images whose maps are not finished; outputs of others are refused, or removed if asked to."""
+def unmade(storage: Storage, task: Task, images: Sequence[Image], *, overwrite: bool) -> list[Image]:
+    """Images whose maps are to be made; outputs of others are refused, or removed if asked to.
+
+    Args:
+        storage: the target.
+        task: what to make.
+        images: to be mapped.
+        overwrite: make all anew, also those that are finished.
+
+    Raises:
+        UsageError: a map would replace an image, or outputs are there that are not of this model, these settings and these
+            images.
+    """
     there = storage.list()
-    own = {f"{i.root}/{i.path}" for i in images}
-    foreign: list[str] = []
+    sources = {f"{i.root}/{i.path}" for i in images}
+    stale: list[str] = []
     todo = []
     for image in images:
         outputs = task.outputs(image)
-        hit = [p for p in outputs if f"{storage.uri}/{p}" in own]
-        if hit:
+        if hit := [p for p in outputs if f"{storage.uri}/{p}" in sources]:
             raise UsageError(
                 f"the map {storage.uri}/{hit[0]} would replace an image: choose another --target"
             )
-        if task.marker(image) in there:
-            if not all(p in there for p in outputs):
-                todo.append(image)
+        own = task.marker(image) in there
+        if own and not overwrite and all(p in there for p in outputs):
             continue
         todo.append(image)
-        foreign += [p for p in (*outputs, f"{outputs[-1]}.aux.xml") if p in there]
-    if foreign and not overwrite:
+        if overwrite or not own:
+            stale += [p for p in (*outputs, f"{outputs[-1]}.aux.xml") if p in there]
+    if stale and not overwrite:
         raise UsageError(
-            f"{storage.uri}/{foreign[0]} exists{f', with {len(foreign) - 1} more,' if len(foreign) > 1 else ''} and was not made "
+            f"{storage.uri}/{stale[0]} exists{f', with {len(stale) - 1} more,' if len(stale) > 1 else ''} and was not made "
             "from this image by this model with these settings: choose another --target, or give --overwrite"
         )
-    for image in todo if foreign else []:
+    for image in todo if stale else []:
         for path in there:
-            if (
-                path.startswith("made/")
-                and path.partition("/")[2].partition("/")[2].rpartition("@")[0] == image.name
-            ):
+            if path.startswith("made/") and path != task.marker(image) and _marked(path) == image.name:
                 storage.remove(path)
-    for path in foreign:
+    for path in stale:
         storage.remove(path)
     return todo
+
+
+def _marked(marker: str) -> str:
+    """Name of the image of a marker."""
+    _, _, below = marker.partition("/")
+    return below.partition("/")[2].rpartition("@")[0]
 
 
 def _plans(todo: list[Image], labels: dict[str, Image], task: Task, outcome: Outcome) -> list[Plan]:

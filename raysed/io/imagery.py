@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from raysed.core.tiles import LandClass
 from raysed.errors import UsageError
 from raysed.io.sources import ENDINGS
-from raysed.io.storage import Storage
+from raysed.io.storage import Seen, Storage, digest
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,13 @@ class Image:
     """Below the root."""
     size: int
     """Of the file, bytes."""
+    changed: int
+    """When the file was last written, as `Storage.look` tells it."""
+
+    @property
+    def identity(self) -> str:
+        """Tells it from other images, and from what its file held before, without reading it."""
+        return digest(f"{self.root}/{self.path} {self.size} {self.changed}".encode())[:12]
 
     @property
     def ending(self) -> str:
@@ -61,7 +68,7 @@ def find_images(given: str) -> tuple[Image, ...]:
 
 
 def _below(storage: Storage) -> list[Image]:
-    there = storage.list()
+    there = storage.look_below()
     if not there:
         raise UsageError(f"{storage.uri} does not exist or is empty")
     inside = [p for p in there if p.startswith("images/")]
@@ -74,7 +81,7 @@ def _matching(given: str) -> list[Image]:
     first = next(i for i, part in enumerate(parts) if "*" in part or "?" in part)
     storage = Storage("/".join(parts[:first]) or ("/" if given.startswith("/") else "."))
     pattern = re.compile(_regex("/".join(parts[first:])))
-    there = storage.list()
+    there = storage.look_below()
     return _images(storage, [p for p in there if pattern.fullmatch(p)], there)
 
 
@@ -105,7 +112,7 @@ def _one(given: str) -> list[Image]:
         raise UsageError(f"{given} does not exist")
     if not name.lower().endswith(ENDINGS):
         raise UsageError(f"{given} is no image ({', '.join(ENDINGS)})")
-    return [Image(PurePosixPath(name).stem, storage.uri, name, storage.size(name))]
+    return [Image(PurePosixPath(name).stem, storage.uri, name, *storage.look(name))]
 
 
 def _split(given: str) -> tuple[str, str]:
@@ -113,13 +120,13 @@ def _split(given: str) -> tuple[str, str]:
     return folder or ("/" if given.startswith("/") else "."), name
 
 
-def _images(storage: Storage, wanted: Iterable[str], there: dict[str, int], base: str = "") -> list[Image]:
+def _images(storage: Storage, wanted: Iterable[str], there: dict[str, Seen], base: str = "") -> list[Image]:
     found = []
     for path in wanted:
         _check_kind(f"{storage.uri}/{path}")
         if path.lower().endswith(ENDINGS) and not PurePosixPath(path).name.startswith("."):
             name = str(PurePosixPath(path).relative_to(base).with_suffix(""))
-            found.append(Image(name, storage.uri, path, there[path]))
+            found.append(Image(name, storage.uri, path, *there[path]))
     return found
 
 
@@ -145,7 +152,7 @@ def find_labels(uri: str, images: Iterable[Image], classes: tuple[LandClass, ...
     """
     storage = Storage(uri)
     names = {i.name for i in images}
-    there = storage.list()
+    there = storage.look_below()
     found = {i.name: i for i in _images(storage, there, there) if i.name in names}
     if not found:
         raise UsageError(f"{storage.uri} holds no label named as any of the {len(names)} images")

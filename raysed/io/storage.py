@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from raysed.errors import StorageError, UsageError
 
@@ -40,6 +40,15 @@ reads use up, and the last of these (an error answer longer than the bytes asked
 _CONNECT, _REQUEST = 5, 30
 """Seconds until a connection or a request counts as failed."""
 _T = TypeVar("_T")
+
+
+class Seen(NamedTuple):
+    """What a store tells of an object without reading it; other bytes of the same path have another one."""
+
+    size: int
+    """Bytes."""
+    changed: int
+    """When it was last written: Unix time in nanoseconds on disk, in whole seconds in a bucket."""
 
 
 class Storage:
@@ -148,6 +157,10 @@ class Storage:
 
     def list(self, prefix: str = "") -> dict[str, int]:
         """Paths below a prefix, recursively, with their sizes in bytes; empty if there is nothing."""
+        return {path: seen.size for path, seen in self.look_below(prefix).items()}
+
+    def look_below(self, prefix: str = "") -> dict[str, Seen]:
+        """`look` at every path below a prefix, recursively, with one listing; empty if there is nothing."""
         return self._try(prefix, lambda: self._list(self._full(prefix) if prefix else self._root))
 
     def exists(self, path: str) -> bool:
@@ -156,18 +169,27 @@ class Storage:
             return os.path.isfile(self._full(path))
         return self._try(path, lambda: self._arrow.get_file_info(self._full(path)).is_file)
 
+    def look(self, path: str) -> Seen:
+        """Size and last change of an object.
+
+        Raises:
+            FileNotFoundError: no such object.
+        """
+        if self.is_local:
+            status = os.stat(self._full(path))
+            return Seen(status.st_size, status.st_mtime_ns)
+        info = self._try(path, lambda: self._arrow.get_file_info(self._full(path)))
+        if not info.is_file:
+            raise FileNotFoundError(path)
+        return _seen(info)
+
     def size(self, path: str) -> int:
         """Bytes of an object.
 
         Raises:
             FileNotFoundError: no such object.
         """
-        if self.is_local:
-            return os.path.getsize(self._full(path))
-        size = self._try(path, lambda: self._arrow.get_file_info(self._full(path)).size)
-        if size is None:
-            raise FileNotFoundError(path)
-        return size
+        return self.look(path).size
 
     def remove(self, path: str) -> None:
         """Remove one object; none is no error."""
@@ -225,11 +247,11 @@ class Storage:
             while piece := source.read(_PIECE):
                 stream.write(piece)
 
-    def _list(self, full: str) -> dict[str, int]:
+    def _list(self, full: str) -> dict[str, Seen]:
         if self.is_local:
             root = Path(self._root)
             return {
-                str(p.relative_to(root)): p.stat().st_size
+                str(p.relative_to(root)): Seen(p.stat().st_size, p.stat().st_mtime_ns)
                 for p in sorted(Path(full).rglob("*"))
                 if p.is_file() and not p.name.startswith(".raysed-")
             }
@@ -237,7 +259,7 @@ class Storage:
 
         found = self._arrow.get_file_info(fs.FileSelector(full, recursive=True, allow_not_found=True))
         return {
-            i.path.removeprefix(self._root + "/"): i.size
+            i.path.removeprefix(self._root + "/"): _seen(i)
             for i in sorted(found, key=lambda i: i.path)
             if i.is_file
         }
@@ -327,6 +349,11 @@ def _relative(path: str) -> str:
     if not path or "\\" in path or "\0" in path or any(p in ("", ".", "..") for p in parts):
         raise UsageError(f"path {path[:120]!r} does not stay below its root")
     return path
+
+
+def _seen(info: Any) -> Seen:
+    """Of an object in a bucket: stores tell seconds of one object and may tell more in a listing."""
+    return Seen(info.size, info.mtime_ns // 10**9)
 
 
 def _line(error: BaseException) -> str:

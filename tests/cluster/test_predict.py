@@ -25,7 +25,7 @@ from raysed.cluster.mapper import (
     open_image,
     plan_image,
 )
-from raysed.cluster.predict import predict
+from raysed.cluster.predict import predict, unmade
 from raysed.core.counts import confusion
 from raysed.core.metrics import scores
 from raysed.core.networks import build
@@ -263,6 +263,48 @@ def test_outputs_of_others_are_refused_before_anything_starts(tmp_path):
     for overwrite in (False, True):
         with pytest.raises(UsageError, match="would replace an image"):
             run(tmp_path / "in", tmp_path / "in", overwrite=overwrite)
+
+
+def make_map(net: model.Model, folder: Path, target: Path) -> Task:
+    """Map the one small image of a folder without Ray."""
+    task = Task(net.record, Settings(), str(target))
+    [plan] = plans_of(folder, task)
+    make_blocks(task, plan, net)
+    return task
+
+
+def test_another_image_of_the_same_name_and_size_is_not_taken_for_the_one_mapped(tmp_path):
+    for seed, month in enumerate(("may", "june")):
+        write_tiff(tmp_path / month / "scene.tif", pixels(70, 70, seed=seed))
+    [may], [june] = (find_images(str(tmp_path / month)) for month in ("may", "june"))
+    assert (may.name, may.size) == (june.name, june.size)
+    task = make_map(small_model(), tmp_path / "may", tmp_path / "out")
+    target, map_file = Storage(task.target), tmp_path / "out/scene.tif"
+    assert unmade(target, task, [may], overwrite=False) == []
+    with pytest.raises(UsageError, match=r"scene.tif exists, with 1 more, and was not made from this image"):
+        unmade(target, task, [june], overwrite=False)
+    assert task.pieces(may) != task.pieces(june)
+    write_tiff(tmp_path / "may/scene.tif", pixels(70, 70, seed=2))
+    [may_again] = find_images(str(tmp_path / "may"))
+    assert may_again.size == may.size
+    with pytest.raises(UsageError, match="was not made from this image"):
+        unmade(target, task, [may_again], overwrite=False)
+    assert map_file.exists()
+    assert unmade(target, task, [june], overwrite=True) == [june]
+    assert not map_file.exists()
+    make_map(small_model(), tmp_path / "june", tmp_path / "out")
+    assert unmade(target, task, [june], overwrite=False) == []
+
+
+def test_overwrite_makes_finished_maps_again_and_goes_on_without_it(tmp_path):
+    write_tiff(tmp_path / "in/scene.tif", pixels(70, 70))
+    images = find_images(str(tmp_path / "in"))
+    task = make_map(small_model(), tmp_path / "in", tmp_path / "out")
+    target = Storage(task.target)
+    assert unmade(target, task, images, overwrite=True) == list(images)
+    assert unmade(target, task, images, overwrite=False) == list(images)
+    make_map(small_model(), tmp_path / "in", tmp_path / "out")
+    assert unmade(target, task, images, overwrite=False) == []
 
 
 def _bad_folder(root: Path) -> dict[str, str]:

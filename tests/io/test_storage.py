@@ -36,6 +36,18 @@ def test_write_read_list_remove(storage):
         storage.read("a/b.bin")
 
 
+def test_one_object_is_seen_as_in_a_listing_and_not_once_it_is_replaced(storage):
+    storage.write("a/x.bin", b"one")
+    seen = storage.look("a/x.bin")
+    assert storage.look_below() == {"a/x.bin": seen}
+    time.sleep(1.1)
+    storage.write("a/x.bin", b"two")
+    assert storage.look("a/x.bin").size == seen.size
+    assert storage.look("a/x.bin").changed > seen.changed
+    with pytest.raises(FileNotFoundError):
+        storage.look("a/y.bin")
+
+
 def test_create_has_one_winner_among_racing_threads(storage):
     barrier, won = threading.Barrier(8), []
 
