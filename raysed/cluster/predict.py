@@ -248,11 +248,10 @@ def unmade(storage: Storage, task: Task, images: Sequence[Image], *, overwrite: 
             f"{storage.uri}/{stale[0]} exists{f', with {len(stale) - 1} more,' if len(stale) > 1 else ''} and was not made "
             "from this image by this model with these settings: choose another --target, or give --overwrite"
         )
-    for image in todo if stale else []:
-        for path in there:
-            if path.startswith("made/") and path != task.marker(image) and _marked(path) == image.name:
-                storage.remove(path)
-    for path in stale:
+    markers = {i.name: task.marker(i) for i in todo}
+    # the outputs first: without a marker they are nobody's; the markers always: those of maps that were deleted would claim these
+    others = [p for p in there if p.startswith("made/") and p != markers.get(_marked(p), p)]
+    for path in (*stale, *others):
         storage.remove(path)
     return todo
 

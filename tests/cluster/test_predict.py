@@ -296,6 +296,20 @@ def test_another_image_of_the_same_name_and_size_is_not_taken_for_the_one_mapped
     assert unmade(target, task, [june], overwrite=False) == []
 
 
+def test_the_map_of_another_model_is_not_taken_for_ones_own_that_was_deleted(tmp_path):
+    write_tiff(tmp_path / "in/scene.tif", pixels(70, 70))
+    images = find_images(str(tmp_path / "in"))
+    one, other = small_model(), small_model(sha256="0" * 64)
+    task = make_map(one, tmp_path / "in", tmp_path / "out")
+    (tmp_path / "out/scene.tif").unlink()
+    (tmp_path / "out/scene.tif.aux.xml").unlink()
+    target = Storage(task.target)
+    assert unmade(target, Task(other.record, Settings(), target.uri), images, overwrite=False) == list(images)
+    make_map(other, tmp_path / "in", tmp_path / "out")
+    with pytest.raises(UsageError, match="was not made from this image by this model"):
+        unmade(target, task, images, overwrite=False)
+
+
 def test_overwrite_makes_finished_maps_again_and_goes_on_without_it(tmp_path):
     write_tiff(tmp_path / "in/scene.tif", pixels(70, 70))
     images = find_images(str(tmp_path / "in"))
