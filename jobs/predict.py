@@ -3,9 +3,9 @@
     python jobs/predict.py models/first --source imagery --target maps
     python jobs/predict.py s3://bucket/runs/first --source 's3://bucket/scenes/2024/**/*.tif' --target s3://bucket/maps --entropy
 
-MODEL is a folder of jobs/export.py or a run.  A GeoTIFF gives a Cloud Optimized GeoTIFF with CRS, transform, nodata, palette
-and class names; a PNG or JPEG gives a PNG.  Images are brought to the scale of training, in metres a pixel where model and image
-know it.  The same command again finishes what was interrupted and leaves finished maps alone.
+MODEL is a folder of jobs/export.py or a run.  A GeoTIFF gives a Cloud Optimized GeoTIFF with CRS, transform, nodata and palette,
+and beside it the class names; a PNG or JPEG gives a PNG.  Images are brought to the scale of training, in metres a pixel where
+model and image know it.  The same command again finishes what was interrupted and leaves finished maps alone.
 """
 
 import json
@@ -51,7 +51,18 @@ def job(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--workers", type=int, help="actors (default: one a GPU or CPU, more as the cluster grows)"
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="(default: auto, cuda where the cluster has a GPU or may start one)",
+    )
+    parser.add_argument(
+        "--wait-nodes",
+        type=float,
+        metavar="SECONDS",
+        help="to wait for room (default: 900 where an autoscaler can start nodes, 120 elsewhere)",
+    )
     parser.add_argument(
         "--overwrite",
         action="store_true",
@@ -80,6 +91,7 @@ def job(argv: Sequence[str]) -> None:
         labels=labels,
         workers=args.workers,
         device=args.device,
+        wait_nodes=args.wait_nodes,
         overwrite=args.overwrite,
         shared_filesystem=args.shared_filesystem,
         say=say,

@@ -14,7 +14,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ import ray.data
 import torch
 
 from raysed import errors
-from raysed.cluster.connect import check_paths, connect
+from raysed.cluster.connect import autoscaling, check_paths, connect
 from raysed.cluster.mapper import (
     BlockMapper,
     Plan,
@@ -34,7 +34,9 @@ from raysed.cluster.mapper import (
     plan_image,
     reason_of,
 )
+from raysed.cluster.room import candidates, placed, secure_task
 from raysed.cluster.tasks import TASK_CPUS
+from raysed.config import ClusterConfig
 from raysed.core import metrics
 from raysed.core.windows import Block
 from raysed.errors import RaysedError, ResourcesError, UsageError
@@ -47,6 +49,8 @@ HEADERS = 16
 """Headers read at once."""
 ACTOR_CPUS = 0.9
 """CPUs that Ray reserves for an actor on CPUs; its threads are the node's CPUs divided by its actors."""
+ACTORS = {"cuda": {"CPU": 1.0, "GPU": 1.0}, "cpu": {"CPU": ACTOR_CPUS}}
+"""What Ray reserves for an actor, by device."""
 
 
 class Mapper:
@@ -141,6 +145,7 @@ def predict(
     labels: dict[str, Image] | None = None,
     workers: int | None = None,
     device: str = "auto",
+    wait_nodes: float | None = None,
     overwrite: bool = False,
     shared_filesystem: bool = False,
     say: Callable[[str], None],
@@ -154,7 +159,8 @@ def predict(
         settings: what to write.
         labels: of images by name; with them the maps are scored.
         workers: actors; None means one a GPU or CPU, and more as the cluster grows.
-        device: `auto`, `cpu` or `cuda`.
+        device: `auto`, `cpu` or `cuda`; auto is cuda where the cluster has a GPU, or its autoscaler may start one.
+        wait_nodes: seconds to wait for room, as `ClusterConfig.wait_nodes`.
         overwrite: make all maps anew, in place of whatever is there.
         shared_filesystem: all nodes of the cluster see the same files.
         say: prints a line.
@@ -164,7 +170,7 @@ def predict(
 
     Raises:
         UsageError: outputs are there that are not of this model, these settings and these images.
-        ResourcesError: the cluster has nothing to run on.
+        ResourcesError: the cluster has no room.
     """
     began = time.monotonic()
     storage = Storage(target)
@@ -178,13 +184,28 @@ def predict(
     outcome, labels = Outcome(len(model.record.classes)), labels or {}
     plans = _plans(todo, labels, task, outcome)
     _say_notes(plans, task, say)
-    small = ray.remote(compare).options(num_cpus=TASK_CPUS)
     finished = {i.name for i in images} - {i.name for i in todo}
-    running = [
-        small.remote(task, i, labels[i.name]) for i in images if i.name in finished and i.name in labels
-    ]
+    scored = [i for i in images if i.name in finished and i.name in labels]
+    work, left = _work(plans, task)
+    say(
+        f"{len(plans)} images, {sum(p.pixels for p in plans) / 1e6:.1f} Mpx, {len(work)} blocks to map, "
+        f"{sum(len(p.blocks) for p in plans) - len(work)} are there already"
+    )
+    answers: Iterator[str] = iter(())
+    if work:
+        answers = _answers(model, task, work, _crew(len(work), workers, device, wait_nodes, say))
+    elif plans or scored:
+        secure_task(say, wait_nodes)
+    small = ray.remote(compare).options(num_cpus=TASK_CPUS)
+    together = ray.remote(put_together).options(num_cpus=TASK_CPUS, max_retries=3)
+    running = [small.remote(task, i, labels[i.name]) for i in scored]
+    running += [together.remote(task, p) for p in plans if not left[p.image.name]]
+    large = {p.image.name: p for p in plans if len(p.blocks) > 1}
     try:
-        _map(model, plans, task, outcome, running, workers=workers, device=device, say=say)
+        for name in _taken(answers, len(work), outcome, say):
+            left[name] -= 1
+            if name in large and not left[name] and name not in outcome.bad:
+                running.append(together.remote(task, large[name]))
         for answer in ray.get(running):
             outcome.take(answer)
     except BaseException:  # no task may go on when the job has ended: the next one would meet it
@@ -276,20 +297,9 @@ def _plans(todo: list[Image], labels: dict[str, Image], task: Task, outcome: Out
         return [p for p in pool.map(plan, todo) if p]
 
 
-def _map(
-    model: Model,
-    plans: list[Plan],
-    task: Task,
-    outcome: Outcome,
-    running: list[Any],
-    *,
-    workers: int | None,
-    device: str,
-    say: Callable[[str], None],
-) -> None:
-    """Map all blocks; the tasks that put pieces together join those running."""
+def _work(plans: list[Plan], task: Task) -> tuple[list[dict[str, str]], dict[str, int]]:
+    """Blocks to map, as `Mapper` takes them, and how many of each image."""
     held = Storage(task.target).list(f"pieces/{task.key}") if plans else {}
-    together = ray.remote(put_together).options(num_cpus=TASK_CPUS, max_retries=3)
     left: dict[str, int] = {}
     work: list[dict[str, str]] = []
     for plan in plans:
@@ -301,22 +311,75 @@ def _map(
             for b, done in zip(plan.blocks, there, strict=True)
             if not done
         ]
-    say(
-        f"{len(plans)} images, {sum(p.pixels for p in plans) / 1e6:.1f} Mpx, {len(work)} blocks to map, "
-        f"{sum(len(p.blocks) for p in plans) - len(work)} are there already"
+    return work, left
+
+
+@dataclass(frozen=True)
+class Crew:
+    """The actors that map."""
+
+    device: str
+    """`cpu` or `cuda`."""
+    size: int
+    """How many begin."""
+    grows: bool
+    """More are started as the cluster grows."""
+    threads: int
+    """Torch threads of each."""
+
+
+def _crew(
+    blocks: int, workers: int | None, device: str, wait_nodes: float | None, say: Callable[[str], None]
+) -> Crew:
+    """Wait until the actors asked for, or one, find room: Ray Data would wait for ever without an error.
+
+    Raises:
+        ResourcesError: there is no room, and none to be expected.
+    """
+    cluster, scaling = ClusterConfig(device=device, wait_nodes=wait_nodes), autoscaling()  # type: ignore[arg-type]
+    least = min(workers or 1, blocks)
+    for kind in candidates(cluster):
+        unit, have = _units(kind)
+        if have < least and not scaling:
+            raise ResourcesError(
+                f"{least} workers ask for a {unit} each, the cluster has {have}: lower --workers, or add nodes"
+            )
+        if placed([ACTORS[kind]] * least, cluster.patience(autoscaling=scaling), say, _REMEDY):
+            _, have = _units(kind)
+            size = min(workers or have, blocks)
+            return Crew(kind, size, workers is None, 1 if kind == "cuda" else _threads(size))
+    raise ResourcesError(
+        f"{least} workers ask for a {unit} each, no node that the autoscaler may start has room for them: lower --workers, "
+        "or add nodes"
     )
-    running += [together.remote(task, p) for p in plans if not left[p.image.name]]
-    large = {p.image.name: p for p in plans if len(p.blocks) > 1}
+
+
+_REMEDY = "add nodes, wait until other jobs have ended, lower --workers or raise --wait-nodes"
+
+
+def _units(device: str) -> tuple[str, int]:
+    """What an actor has for itself, and how many of them the cluster has."""
+    unit = "GPU" if device == "cuda" else "CPU"
+    return unit, int(ray.cluster_resources().get(unit, 0))
+
+
+def _threads(actors: int) -> int:
+    """Torch threads of each of so many actors on CPUs, spread over the nodes that have any."""
+    cpus = [n["Resources"]["CPU"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) >= 1]
+    return max(1, int(sum(cpus) // len(cpus)) // -(-actors // len(cpus)))
+
+
+def _taken(
+    answers: Iterator[str], blocks: int, outcome: Outcome, say: Callable[[str], None]
+) -> Iterator[str]:
+    """The name of the image of each block that is mapped; what became of it is noted, and how long the rest will take is said."""
     started, last = time.monotonic(), 0.0
-    for done, answer in enumerate(_answers(model, task, work, workers, device), start=1):
-        name = outcome.take(answer)
-        left[name] -= 1
-        if name in large and not left[name] and name not in outcome.bad:
-            running.append(together.remote(task, large[name]))
+    for done, answer in enumerate(answers, start=1):
+        yield outcome.take(answer)
         passed = time.monotonic() - started
-        if passed - last > 10 or done == len(work):
+        if passed - last > 10 or done == blocks:
             last = passed
-            say(f"block {done}/{len(work)}  ETA {passed / done * (len(work) - done):.0f} s")
+            say(f"block {done}/{blocks}  ETA {passed / done * (blocks - done):.0f} s")
 
 
 def _say_notes(plans: list[Plan], task: Task, say: Callable[[str], None]) -> None:
@@ -330,39 +393,26 @@ def _say_notes(plans: list[Plan], task: Task, say: Callable[[str], None]) -> Non
         )
 
 
-def _answers(
-    model: Model, task: Task, work: list[dict[str, str]], workers: int | None, device: str
-) -> Iterator[str]:
+def _answers(model: Model, task: Task, work: list[dict[str, str]], crew: Crew) -> Iterator[str]:
     """Answers of the actors, in the order of the work."""
-    if not work:
-        return
-    resources = ray.cluster_resources()
-    gpu = device == "cuda" or (device == "auto" and resources.get("GPU", 0) >= 1)
-    unit, have = ("GPU", int(resources.get("GPU", 0))) if gpu else ("CPU", int(resources.get("CPU", 0)))
-    if have < (workers or 1):
-        raise ResourcesError(
-            f"{workers or 1} workers ask for a {unit} each, the cluster has {have}: lower --workers, or add nodes"
-        )
-    size = min(workers or have, len(work))
     pool = ray.data.ActorPoolStrategy(
-        min_size=size, max_size=workers and size, max_tasks_in_flight_per_actor=2
+        min_size=crew.size, max_size=None if crew.grows else crew.size, max_tasks_in_flight_per_actor=2
     )
-    nodes = [n for n in ray.nodes() if n["Alive"]]
-    threads = 1 if gpu else max(1, int(resources["CPU"] // len(nodes)) // -(-size // len(nodes)))
     reference = ray.put({n: t.numpy() for n, t in model.weights.items()})
     source = ray.data.from_items(work, override_num_blocks=len(work))
     mapper: Any = Mapper  # mypy knows a narrower kind of batch function than Ray takes
+    asked = ACTORS[crew.device]
     answers = source.map_batches(
         mapper,
         batch_size=1,
         compute=pool,
-        num_cpus=1 if gpu else ACTOR_CPUS,
-        num_gpus=1 if gpu else 0,
+        num_cpus=asked["CPU"],
+        num_gpus=asked.get("GPU", 0),
         fn_constructor_kwargs={
             "task": task,
             "weights": {"reference": reference},
-            "device": "cuda" if gpu else "cpu",
-            "threads": threads,
+            "device": crew.device,
+            "threads": crew.threads,
         },
     )
     for row in answers.iter_rows():

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raysed.cluster.connect import check_paths, connect
+from raysed.cluster.room import secure_task
 from raysed.cluster.tasks import run_tasks
 from raysed.core import tiles
 from raysed.core.tiles import OPENEARTHMAP
@@ -141,6 +142,7 @@ def prepare(
     Raises:
         UsageError: the target holds a store of other input or settings, or none to append to.
         DataError: more unusable sources than the budget allows.
+        ResourcesError: the cluster has no room.
     """
     storage = Storage(target)
     if not 0 <= bad_budget <= 1:
@@ -155,6 +157,7 @@ def prepare(
         return result
     connect()
     check_paths({p.uri: p.uri for p in (root, storage) if p}, shared=shared_filesystem)
+    secure_task(say)
     grids, bad, dropped = _grids(root, layout, settings)
     _check_budget(bad, layout, bad_budget)  # before the work, as far as it is known
     first = _shards(base)

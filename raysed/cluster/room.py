@@ -7,6 +7,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from raysed.cluster.connect import autoscaler, autoscaling
+from raysed.cluster.tasks import TASK_CPUS
 from raysed.config import ClusterConfig
 from raysed.errors import ResourcesError
 
@@ -30,11 +31,31 @@ def secure(cluster: ClusterConfig, *, scoring: bool, say: Callable[[str], None])
         scorers = scorer_count(cluster, device) if scoring else 0
         if not scaling and len(ray.nodes()) == 1:
             check_sum(cluster, device, scorers)
-        if _placed(cluster.bundles(device, scorers), cluster.patience(autoscaling=scaling), say):
+        if placed(cluster.bundles(device, scorers), cluster.patience(autoscaling=scaling), say, _REMEDY):
             return device, scorers
     raise ResourcesError(
         _short(cluster, device, scorers, "no node that the autoscaler may start has room for them")
     )
+
+
+_REMEDY = "add nodes, wait until other jobs have ended, ask for less (--workers, --scorers) or raise --cluster.wait-nodes"
+
+
+def secure_task(say: Callable[[str], None], wait_nodes: float | None = None) -> None:
+    """Wait until a task of Ray Data finds room: it would wait for ever without an error.
+
+    Args:
+        say: prints a line when nodes have to be started first.
+        wait_nodes: seconds, as `ClusterConfig.wait_nodes`.
+
+    Raises:
+        ResourcesError: there is no room, and none to be expected.
+    """
+    patience = ClusterConfig(wait_nodes=wait_nodes).patience(autoscaling=autoscaling())
+    if not placed([{"CPU": TASK_CPUS}], patience, say, "add nodes, or wait until other jobs have ended"):
+        raise ResourcesError(
+            f"a task asks for {TASK_CPUS:g} CPU, no node that the autoscaler may start has it: add nodes"
+        )
 
 
 def candidates(cluster: ClusterConfig) -> list[str]:
@@ -55,8 +76,12 @@ def scorer_count(cluster: ClusterConfig, device: str) -> int:
     return cluster.scorers or max(1, int(units))
 
 
-def _placed(bundles: list[dict[str, float]], patience: float, say: Callable[[str], None]) -> bool:
-    """Whether the bundles found room; it is given back at once. False if an autoscaler says that they never will."""
+def placed(bundles: list[dict[str, float]], patience: float, say: Callable[[str], None], remedy: str) -> bool:
+    """Whether the bundles found room; it is given back at once. False if an autoscaler says that they never will.
+
+    Raises:
+        ResourcesError: they found none for `patience` seconds; with the remedy.
+    """
     # it goes with this process, should that die: no node is kept for nobody
     group = placement_group(bundles, strategy="PACK")
     began, told = time.monotonic(), False
@@ -70,8 +95,7 @@ def _placed(bundles: list[dict[str, float]], patience: float, say: Callable[[str
                     f"{v:g} {k}" for k, v in ray.available_resources().items() if k in ("CPU", "GPU")
                 )
                 raise ResourcesError(
-                    f"no room for {_text(bundles)} within {patience:.0f} s, the cluster has {have or 'no CPU'} free: add nodes, wait "
-                    "until other jobs have ended, ask for less (--workers, --scorers) or raise --cluster.wait-nodes"
+                    f"no room for {_text(bundles)} within {patience:.0f} s, the cluster has {have or 'no CPU'} free: {remedy}"
                 )
             if waited > 5 and not told:
                 say(f"waiting up to {patience:.0f} s for nodes with room for {_text(bundles)}")

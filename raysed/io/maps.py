@@ -1,4 +1,4 @@
-"""Maps as files: Cloud Optimized GeoTIFFs with palette and class names inside, PNGs, and the pieces of an unfinished one.
+"""Maps as files: Cloud Optimized GeoTIFFs with palette inside and class names beside them, PNGs, and the pieces of an unfinished one.
 
 A map is made in a temporary file on this machine and put in its place at once, so nobody sees half of one.
 """

@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import rasterio
+import ray
 import torch
 from PIL import Image as Pillow
 from rasterio.transform import Affine
 
 from raysed import cli
+from raysed.cluster.local import LocalCluster
 from raysed.cluster.mapper import (
     BlockMapper,
     Plan,
@@ -26,12 +29,15 @@ from raysed.cluster.mapper import (
     plan_image,
 )
 from raysed.cluster.predict import predict, unmade
+from raysed.cluster.prepare import Settings as PrepareSettings
+from raysed.cluster.prepare import prepare, synthetic
+from raysed.config import ClusterConfig
 from raysed.core.counts import confusion
 from raysed.core.metrics import scores
 from raysed.core.networks import build
 from raysed.core.tiles import LandClass, target_of
 from raysed.core.windows import Axis, Block, seam_score
-from raysed.errors import DataError, UsageError
+from raysed.errors import DataError, ResourcesError, UsageError
 from raysed.io import checkpoint, model
 from raysed.io.imagery import find_images, find_labels
 from raysed.io.sources import BadSource, Rule
@@ -97,7 +103,7 @@ def run(
     net = net or small_model()
     images = find_images(str(folder))
     found = find_labels(str(labels), images, net.record.classes) if labels else None
-    options = {k: flags.pop(k) for k in ("overwrite", "workers") if k in flags}
+    options = {k: flags.pop(k) for k in ("overwrite", "workers", "wait_nodes") if k in flags}
     say = flags.pop("say", quiet)
     return predict(net, images, str(target), Settings(**flags), labels=found, say=say, **options)
 
@@ -365,6 +371,51 @@ def test_every_kind_of_bad_image_is_named_and_the_others_are_mapped(
         assert expected[name] in reason
         assert "\n" not in reason
     assert sorted(p.name for p in target.glob("*.tif")) == ["good.tif"]
+
+
+@pytest.mark.ray
+def test_cpus_that_another_job_has_are_waited_for_a_stated_time(ray_session, tmp_path, monkeypatch):
+    write_tiff(tmp_path / "in/town_1.tif", pixels(70, 70))
+    taken = ray.util.placement_group([{"CPU": 1.0}] * int(ray.cluster_resources()["CPU"]))
+    ray.get(taken.ready())
+    try:
+        with pytest.raises(ResourcesError, match=r"no room for 1 x \(0.9 CPU\) within 2 s, .* --wait-nodes"):
+            run(tmp_path / "in", tmp_path / "out", wait_nodes=2)
+        monkeypatch.setattr(ClusterConfig, "patience", lambda self, *, autoscaling: 2.0)
+        with pytest.raises(ResourcesError, match=r"no room for 1 x \(0.5 CPU\) within 2 s"):
+            prepare(None, synthetic(5), str(tmp_path / "tiles"), PrepareSettings(tile=64), say=quiet)
+    finally:
+        ray.util.remove_placement_group(taken)
+    assert run(tmp_path / "in", tmp_path / "out", wait_nodes=60)["maps"] == 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_an_autoscaler_starts_the_nodes_that_maps_ask_for(tmp_path):
+    for i in range(3):
+        write_tiff(tmp_path / f"in/town_{i}.tif", pixels(70, 70, seed=i))
+    model.save(small_model(), str(tmp_path / "model"), "", overwrite=False)
+    types = {
+        "head": {"resources": {"CPU": 0}, "min_workers": 0, "max_workers": 0},
+        "pair": {"resources": {"CPU": 2}, "min_workers": 0, "max_workers": 2},
+    }
+    flags = [str(tmp_path / "model"), "--source", str(tmp_path / "in"), "--target", str(tmp_path / "out")]
+    flags += ["--shared-filesystem", "--json", "--overwrite"]
+    with LocalCluster(tmp_path / "ray", {}, types, authenticated=False) as cluster:
+        where = {name: cluster.environment[name] for name in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
+        done = processes.run("predict", *flags, **where)
+        assert json.loads(done.stdout)["maps"] == 3
+        assert cluster.alive() >= 2
+        done = processes.run("predict", *flags, "--workers", "3", **where)
+        assert json.loads(done.stdout)["maps"] == 3
+        assert cluster.alive() == 3
+        for i in range(3, 6):
+            write_tiff(tmp_path / f"in/town_{i}.tif", pixels(70, 70, seed=i))
+        done = processes.run("predict", *flags, "--workers", "6", code=7, **where)
+        assert "6 workers ask for a CPU each, no node that the autoscaler may start" in processes.error_line(
+            done
+        )
 
 
 def test_bad_arguments_are_told_before_anything_starts(tmp_path):
