@@ -5,13 +5,18 @@ import shutil
 import time
 import zipfile
 
+import numpy as np
 import pytest
-from processes import FAST, ROOT, error_line, run
+import rasterio
+from processes import FAST, ROOT, error_line, run, start
 
 from raysed.cluster.chaos import small_store as small_store_at
 from raysed.cluster.faultproxy import FaultProxy, Rule
 from raysed.cluster.prepare import Settings, prepare, synthetic
+from raysed.config import DataConfig, Experiment, ModelConfig
+from raysed.core.networks import build
 from raysed.errors import StorageError
+from raysed.io.checkpoint import pack
 from raysed.io.ledger import Ledger, difference, verify
 from raysed.io.storage import Storage
 from raysed.io.store import Store
@@ -80,6 +85,69 @@ def test_a_run_in_a_bucket_with_the_least_rights_equals_the_run_on_disk(
     assert [p for p in left if p.startswith("tensorboard/")]
     verified = run("report", f"{bucket}/run", "--verify", **object_server.environment)
     assert "verified: 2 cycles" in verified.stdout
+
+
+def write_run(bucket):
+    """A store and a run of one cycle over it, untrained."""
+    small_store_at(f"{bucket}/tiles")
+    experiment = Experiment(
+        run=f"{bucket}/run",
+        data=DataConfig(uri=f"{bucket}/tiles"),
+        model=ModelConfig(arch="unet:tu-test_resnet"),
+        cycles=1,
+    )
+    ledger = Ledger(Storage(experiment.run), epoch=0)
+    ledger.open(experiment, Store.open(experiment.data.uri).dataset.content_hash)
+    weights = pack(build(experiment.model.arch, 8, seed=0).state_dict())
+    ledger.commit(0, {"model.safetensors": weights}, lambda: {"val": {"miou": 0.1, "iou": {}}})
+
+
+def write_scene(storage, path, seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (3, 200, 220), np.uint8)
+    shape = {"count": 3, "height": 200, "width": 220, "dtype": "uint8"}
+    with rasterio.MemoryFile() as file:
+        with file.open(driver="GTiff", **shape, crs="EPSG:32640", transform=place(seed)) as made:
+            made.write(pixels)
+        storage.write(path, file.read())
+
+
+def place(seed):
+    return rasterio.Affine(0.5, 0, 325000 + 200 * seed, 0, -0.5, 2785000)
+
+
+@pytest.mark.timeout(900)
+def test_a_run_in_a_bucket_is_exported_and_maps_a_bucket_of_images_though_it_is_killed(object_server, bucket):
+    write_run(bucket)
+    done = run("export", f"{bucket}/run", "--target", f"{bucket}/models/first", **object_server.environment)
+    assert f"{bucket}/models/first: unet:tu-test_resnet after cycle 0" in done.stdout
+    names = [f"{'north' if i % 2 else 'south/far'}/scene_{i}" for i in range(24)]
+    for seed, name in enumerate(names):
+        write_scene(Storage(f"{bucket}/scenes"), f"{name}.tif", seed)
+    Storage(f"{bucket}/scenes").write("north/notes.txt", b"no image")
+    flags = [f"{bucket}/models/first", "--source", f"{bucket}/scenes/**/*.tif", "--target", f"{bucket}/maps"]
+    flags += ["--entropy", "--json"]
+    maps = Storage(f"{bucket}/maps")
+    maps_there = lambda: {p: s for p, s in maps.look_below().items() if p[:-4] in names}  # noqa: E731
+    process = start("predict", *flags, **object_server.environment)
+    while not maps_there():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    before = maps_there()
+    done = run("predict", *flags, **object_server.environment)
+    result = json.loads(done.stdout)
+    assert result["bad"] == {}
+    assert 0 < result["there before"] < len(names)
+    assert result["maps"] + result["there before"] == len(names)
+    after = maps_there()
+    assert before.items() <= after.items()
+    assert sorted(after) == sorted(f"{name}.tif" for name in names)
+    for seed, name in enumerate(names):
+        for path in (f"{name}.tif", f"{name}.entropy.tif"):
+            with rasterio.MemoryFile(maps.read(path)) as file, file.open() as made:
+                assert (made.crs.to_epsg(), made.transform) == (32640, place(seed))
+                assert (made.width, made.height) == (220, 200)
 
 
 @pytest.mark.timeout(600)
