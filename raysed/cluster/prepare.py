@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -182,7 +183,29 @@ def prepare(
         "classes": len(layout.classes),
     }
     _make(items, arguments, say)
-    index, spoiled = _collect(storage, list(shards))
+    if _version(storage) == (base.dataset.version if base else 0):  # else somebody beside us has finished it
+        made: dict[str, Any] = {"shards": list(shards), "bad": bad, "dropped": dropped}
+        _finish(storage, base, layout, settings, **made, bad_budget=bad_budget)
+    for k in shards:
+        storage.remove(_piece(k))
+    result = _result(storage)
+    say(f"{storage.uri}: {_text(result)}")
+    return result
+
+
+def _finish(
+    storage: Storage,
+    base: store.Store | None,
+    layout: Layout,
+    settings: Settings,
+    *,
+    shards: Sequence[int],
+    bad: Sequence[BadTile],
+    dropped: int,
+    bad_budget: float,
+) -> None:
+    """Make a version of the pieces of these shards; `bad` are the sources that have none."""
+    index, spoiled = _collect(storage, shards)
     quarantine = [*bad, *spoiled]
     _check_budget(quarantine, layout, bad_budget)
     if base:
@@ -203,11 +226,11 @@ def prepare(
         remap={str(value): wanted for value, wanted in layout.remap},
         version=base.dataset.version + 1 if base else 1,
     )
-    for path in storage.list("pieces"):
-        storage.remove(path)
-    result = _result(storage)
-    say(f"{storage.uri}: {_text(result)}")
-    return result
+
+
+def _version(storage: Storage) -> int:
+    """The newest finished version; 0 if there is none."""
+    return store.Store.open(storage.uri).dataset.version if storage.exists("dataset.json") else 0
 
 
 def _new_sources(base: store.Store, layout: Layout, settings: Settings, say: Callable[[str], None]) -> Layout:
@@ -222,7 +245,7 @@ def _new_sources(base: store.Store, layout: Layout, settings: Settings, say: Cal
     if not layout.classes:
         remap = tuple((int(value), wanted) for value, wanted in dataset.remap.items())
         layout = replace(layout, classes=dataset.classes, ignore=dataset.ignore, remap=remap)
-    there = json.loads(base.storage.read("plan.json"))
+    there = _begun(base.storage, "plan.json")
     if differs := _differences(there, _plan(layout, settings), but=("layout", "sources", "listing")):
         raise UsageError(f"{where} has other classes or settings than what is to be appended ({differs})")
     held = set(pc.unique(base.index["source"]).to_pylist())
@@ -282,6 +305,11 @@ def _plan(layout: Layout, settings: Settings) -> dict[str, Any]:
     return json.loads(json.dumps(plan))
 
 
+def _begun(storage: Storage, path: str) -> dict[str, Any]:
+    """The plan that is there; whose it is does not matter."""
+    return {k: v for k, v in json.loads(storage.read(path)).items() if k != "owner"}
+
+
 def _differences(there: dict[str, Any], now: dict[str, Any], but: Sequence[str] = ()) -> str:
     """How two plans differ, as text; empty if they do not."""
     differs = {k: now.get(k) for k in there | now if k not in but and there.get(k) != now.get(k)}
@@ -297,7 +325,8 @@ def _agree(storage: Storage, layout: Layout, settings: Settings, base: store.Sto
     What is unfinished and whose sources have changed since (a bad file was repaired, say) is begun anew.
     """
     plan = _plan(layout, settings)
-    body = (json.dumps(plan, indent=1) + "\n").encode()
+    # an owner, because a bucket takes the second of two equal puts for the first
+    body = (json.dumps({**plan, "owner": uuid.uuid4().hex}, indent=1) + "\n").encode()
     path = f"{store.folder(base.dataset.version + 1)}/plan.json" if base else "plan.json"
     finished = base is None and storage.exists("dataset.json")
     if finished and not storage.exists(path):
@@ -306,7 +335,7 @@ def _agree(storage: Storage, layout: Layout, settings: Settings, base: store.Sto
         for stale in storage.list("pieces"):  # of a store that was killed when it was finished
             storage.remove(stale)
         return True
-    there = json.loads(storage.read(path))
+    there = _begun(storage, path)
     if not finished and not _differences(there, plan, but=("sources", "listing")):
         if there != plan:
             kept = set(base.index["shard"].to_pylist()) if base else set()

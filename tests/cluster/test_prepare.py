@@ -73,7 +73,7 @@ def folder(root: Path, count: int = 6, side: int = 96) -> Path:
 
 
 def make(
-    root: Path, target: Path, *, budget: float = 0.0, append: bool = False, say=quiet, **settings
+    root: Path, target: Path | str, *, budget: float = 0.0, append: bool = False, say=quiet, **settings
 ) -> dict:
     storage = Storage(str(root))
     options = {"bad_budget": budget, "append": append, "say": say}
@@ -129,6 +129,50 @@ def test_the_content_hash_is_that_of_the_input_whatever_was_lost_on_the_way(
     monkeypatch.setattr("raysed.cluster.prepare._make", _recording(seen))
     assert make(root, torn, tile=32)["hash"] == one["hash"]
     assert seen == [2]  # only the lost shards were made again
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("kind", ["disk", "bucket"])
+def test_the_same_command_again_continues_or_does_nothing_on_disk_and_in_a_bucket(
+    ray_session, tmp_path, request, monkeypatch, kind
+):
+    """Also after tiles of another folder were appended: the version with them stays the newest."""
+    target = request.getfixturevalue("bucket") if kind == "bucket" else str(tmp_path / "out")
+    root, other = folder(tmp_path / "in"), folder(tmp_path / "other", count=8)
+    monkeypatch.setattr("raysed.cluster.prepare.TILES_A_SHARD", 9)
+    monkeypatch.setattr("raysed.cluster.prepare.pack", lambda grids: pack(grids, 9))
+    seen: list[int] = []
+    monkeypatch.setattr("raysed.cluster.prepare._make", _recording(seen))
+    with monkeypatch.context() as killed:
+        killed.setattr(store_module, "finish", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            make(root, target, tile=32)
+    Storage(target).remove("pieces/part-00002.parquet")
+    first = make(root, target, tile=32)
+    assert make(root, target, tile=32) == first
+    second = make(other, target, tile=32, append=True)
+    assert second["version"] == 2
+    before = {p: Storage(target).read(p) for p in Storage(target).list()}
+    assert make(root, target, tile=32) == second
+    assert {p: Storage(target).read(p) for p in Storage(target).list()} == before
+    assert seen == [6, 1, 2]
+
+
+@pytest.mark.ray
+def test_who_comes_second_leaves_what_the_first_has_finished(ray_session, tmp_path, monkeypatch):
+    """Two processes make the same store; the slower one finds it finished, and appended to."""
+    root, other, target = folder(tmp_path / "in"), folder(tmp_path / "other", count=8), tmp_path / "out"
+    from raysed.cluster.prepare import _make
+
+    def overtaken(*arguments):
+        _make(*arguments)
+        monkeypatch.undo()
+        make(root, target, tile=32)
+        assert make(other, target, tile=32, append=True)["version"] == 2
+
+    monkeypatch.setattr("raysed.cluster.prepare._make", overtaken)
+    assert make(root, target, tile=32)["version"] == 2
+    assert not list((target / "pieces").iterdir())
 
 
 def _recording(seen: list[int]):
