@@ -106,6 +106,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
+        _require(self.rollbacks >= 0, f"optim.rollbacks must not be negative, got {self.rollbacks}")
         _require(0 <= self.ema < 1, f"optim.ema must lie in [0, 1), got {self.ema}")
         _require(
             self.norm_tiles == 0 or (self.ema > 0 and self.norm_tiles >= 0),
@@ -268,7 +269,16 @@ class ClusterConfig:
             self.commit_every_steps is None or self.commit_every_steps >= 1,
             f"cluster.commit_every_steps must be at least 1, got {self.commit_every_steps}",
         )
-        for name in ("worker_cpus", "scorer_cpus", "reader_cpus"):
+        _require(
+            self.threads is None or self.threads >= 1,
+            f"cluster.threads must be at least 1, or none, got {self.threads}",
+        )
+        _require(
+            self.wait_nodes is None or self.wait_nodes >= 0,
+            f"cluster.wait_nodes must not be negative, got {self.wait_nodes}",
+        )
+        _require(self.cache_gib >= 0, f"cluster.cache_gib must not be negative, got {self.cache_gib}")
+        for name in ("worker_cpus", "scorer_cpus", "reader_cpus", "worker_gpus", "scorer_gpus"):
             _require(getattr(self, name) > 0, f"cluster.{name} must be positive, got {getattr(self, name)}")
 
     def patience(self, *, autoscaling: bool) -> float:
