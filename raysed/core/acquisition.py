@@ -168,7 +168,11 @@ def strategy_of(name: str, options: str = "") -> Strategy:
             near = difflib.get_close_matches(key, strategy.options, n=1)
             raise UsageError(
                 f"select.options: strategy {name} has no option {key!r}, "
-                + (f"did you mean {near[0]!r}?" if near else f"it has {', '.join(strategy.options) or 'none'}")
+                + (
+                    f"did you mean {near[0]!r}?"
+                    if near
+                    else f"it has {', '.join(strategy.options) or 'none'}"
+                )
             )
         if key in numbers:
             raise UsageError(f"select.options gives {key} twice: {options}")
