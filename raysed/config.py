@@ -236,9 +236,9 @@ class ClusterConfig:
     """CPUs that Ray reserves for a scorer; scorers work while the workers wait."""
     reader_cpus: float = 0.25
     """CPUs that Ray reserves for a task that reads and augments tiles."""
-    worker_gpus: float = 0.75
-    """Share of a GPU for a training worker; more than half, so that two never meet on one."""
-    scorer_gpus: float = 0.25
+    worker_gpus: float = 0.9375
+    """Share of a GPU for a training worker; so large that Ray, which divides a node's sum of GPUs by it, counts one worker a GPU."""
+    scorer_gpus: float = 0.0625
     """Share of a GPU for a scorer."""
     threads: int | None = None
     """Torch threads of a worker, and most of a scorer; none means the node's CPUs divided by its workers, or its scorers."""

@@ -86,7 +86,9 @@ def run(setup: Setup) -> None:
     """The training function of every rank: all arms, one after the other."""
     context = ray.train.get_context()
     first = context.get_world_rank() == 0
-    start: int = broadcast_from_rank_zero(ray.get(setup.monitor.begin.remote()) if first else None)
+    start: int = broadcast_from_rank_zero(
+        ray.get(setup.monitor.begin.remote(context.get_world_size())) if first else None
+    )
     if not start:
         return  # Ray restarts a group whose ranks raised; the error that was posted would only come again
     quiet_data()

@@ -30,7 +30,7 @@ def examine(experiment: Experiment) -> list[Line]:
     try:
         connect()
         found = nodes.gather(data, run)
-    except (RaysedError, ray.exceptions.GetTimeoutError) as error:
+    except (RaysedError, ray.exceptions.RayError) as error:  # a node may lack raysed
         code = error.exit_code if isinstance(error, RaysedError) else ResourcesError.exit_code
         here = [
             Node(
@@ -40,7 +40,11 @@ def examine(experiment: Experiment) -> list[Line]:
             )
         ]
         lines = [
-            failed("cluster", str(error) or f"a node does not answer within {nodes.PATIENCE:.0f} s", code)
+            failed(
+                "cluster",
+                str(error).split("\n", 1)[0] or f"a node does not answer within {nodes.PATIENCE:.0f} s",
+                code,
+            )
         ]
         lines += [skipped(name, "needs the cluster") for name in NEEDS_CLUSTER]
         return [*lines, *_storage_lines(experiment, here)[0], checks.secrets(places)]

@@ -11,12 +11,12 @@ import ray
 import torch
 
 from raysed.cluster.connect import autoscaling, connect
-from raysed.cluster.launch import arms_of, store_of
+from raysed.cluster.launch import arms_of, store_of, uses_scorers
 from raysed.cluster.preflight import check_data, check_run_paths
 from raysed.cluster.room import candidates, check_sum, scorer_count
 from raysed.config import Experiment
 from raysed.core import memory, networks
-from raysed.core.acquisition import STRATEGIES
+from raysed.core.acquisition import strategy_of
 from raysed.core.cost import Speed, Work
 from raysed.core.splits import training_rows, validation_rows
 from raysed.errors import ResourcesError
@@ -48,7 +48,7 @@ def dry_run(
     check_run_paths(experiment)
     device = candidates(experiment.cluster)[0]
     arms = arms_of(experiment)
-    scoring = any(STRATEGIES[e.select.strategy].needs_scores for _, e in arms)
+    scoring = any(uses_scorers(e) for _, e in arms)
     scorers = scorer_count(experiment.cluster, device) if scoring else 0
     if not autoscaling():
         check_sum(experiment.cluster, device, scorers)
@@ -94,9 +94,32 @@ def _work(arm: Experiment, store: Store, committed: int) -> Work:
     return Work(
         cycles=max(0, arm.cycles - committed),
         train=arm.select.budget(pool),
-        score=pool if STRATEGIES[arm.select.strategy].needs_scores else 0,
+        score=_scored(arm, pool, committed),
         validate=len(validation_rows(store.index, arm.data.validation, arm.data.held_out)),
     )
+
+
+def _scored(arm: Experiment, pool: int, committed: int) -> float:
+    """Full-size forward passes of scorers a cycle, mean over the cycles that are left.
+
+    Args:
+        arm: one run.
+        pool: its training tiles.
+        committed: its cycles that are done.
+    """
+    strategy = strategy_of(arm.select.strategy, arm.select.options)
+    left = range(committed, arm.cycles)
+    passes = 1.0 if "irreducible" in strategy.needs and 0 in left else 0.0
+    if strategy.needs_scores:
+        mode, side = arm.select.scores, arm.select.side
+        cost = 0.25 if side == "half" or (side == "auto" and mode == "byproduct") else 1.0
+        share = [
+            arm.select.refresh if mode == "byproduct" and cycle else 1.0
+            for cycle in left
+            if arm.scores_before(cycle)
+        ]
+        passes += cost * sum(share)
+    return pool * passes / max(1, len(left))
 
 
 def _say_work(name: str, arm: Experiment, store: Store, work: Work, say: Callable[[str], None]) -> None:
@@ -105,7 +128,7 @@ def _say_work(name: str, arm: Experiment, store: Store, work: Work, say: Callabl
     done = f" ({arm.cycles - work.cycles} are committed)" if work.cycles < arm.cycles else ""
     say(
         f"{name:<8} {work.cycles} cycles{done}: each trains {work.train} tiles in {-(-work.train // arm.optim.batch)} steps, scores "
-        f"{work.score}, validates {work.validate}; reads {work.train * tile / 1e6:.1f} MB a cycle, "
+        f"{work.score:.0f}, validates {work.validate}; reads {work.train * tile / 1e6:.1f} MB a cycle, "
         f"{(work.score + work.validate) * tile / 1e6:.1f} MB once"
     )
 

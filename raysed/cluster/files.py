@@ -287,9 +287,15 @@ def _container_resources(group: Mapping[str, Any]) -> dict[str, float]:
     containers = group.get("template", {}).get("spec", {}).get("containers", [{}])
     limits = containers[0].get("resources", {}).get("limits", {})
     start = group.get("rayStartParams", {})
-    found = {"CPU": float(start.get("num-cpus", limits.get("cpu", 0)))}
-    gpus = float(start.get("num-gpus", limits.get("nvidia.com/gpu", 0)))
+    found = {"CPU": _quantity(start.get("num-cpus", limits.get("cpu", 0)))}
+    gpus = _quantity(start.get("num-gpus", limits.get("nvidia.com/gpu", 0)))
     return found | ({"GPU": gpus} if gpus else {})
+
+
+def _quantity(text: Any) -> float:
+    """A count as Kubernetes writes it: 4, "4" or "3500m"."""
+    whole = str(text)
+    return float(whole.removesuffix("m")) / (1000 if whole.endswith("m") else 1)
 
 
 def _strings(tree: Any) -> Iterator[str]:

@@ -139,7 +139,7 @@ def _run(
     connect()
     stopper.arm()
     check_run_paths(experiment)
-    scoring = any(_scores(a.experiment) for a in held)
+    scoring = any(uses_scorers(a.experiment) for a in held)
     device, scorers = secure(experiment.cluster, scoring=scoring, say=say)
     patience = experiment.cluster.patience(autoscaling=autoscaling())
     watcher: Any = ray.remote(Monitor).options(num_cpus=0, max_concurrency=8, scheduling_strategy=_here())
@@ -163,7 +163,8 @@ def _run(
         ray.kill(monitor)
 
 
-def _scores(experiment: Experiment) -> bool:
+def uses_scorers(experiment: Experiment) -> bool:
+    """Whether a run has scorers."""
     strategy = STRATEGIES[experiment.select.strategy]
     return strategy.needs_scores or "irreducible" in strategy.needs
 
@@ -228,7 +229,7 @@ class Watch:
 
         Raises:
             RaysedError: the error that a rank has reported.
-            ResourcesError: for `patience` seconds there was no worker.
+            ResourcesError: for `patience` seconds there was no worker, or the cluster was lost.
         """
         ended: list[BaseException | None] = []
 
@@ -243,7 +244,7 @@ class Watch:
         seen = 0
         while True:
             over = bool(ended)
-            events: list[dict[str, Any]] = ray.get(self.monitor.wait.remote(seen, 0.5))
+            events: list[dict[str, Any]] = _answer(self.monitor.wait.remote(seen, 0.5))
             seen += len(events)
             for event in events:
                 self._handle(event)
@@ -251,7 +252,7 @@ class Watch:
                 break
             if self.failed and time.monotonic() - self.failed_at > ENDING_SECONDS:
                 break
-            if not over and not events and ray.get(self.monitor.silent.remote()) > patience:
+            if not over and not events and _answer(self.monitor.silent.remote()) > patience:
                 free = ", ".join(
                     f"{v:g} {k}" for k, v in ray.available_resources().items() if k in ("CPU", "GPU")
                 )
@@ -276,6 +277,20 @@ class Watch:
         elif event["kind"] == "failed" and not self.failed:
             self.failed = rebuilt(event["error"], event["text"])
             self.failed_at = time.monotonic()
+
+
+def _answer(asked: Any) -> Any:
+    """What an actor beside the driver says; it ends with the cluster only.
+
+    Raises:
+        ResourcesError: it has ended.
+    """
+    try:
+        return ray.get(asked)
+    except ray.exceptions.RayError as error:
+        raise ResourcesError(
+            f"the Ray cluster was lost ({type(error).__name__}): start it again, and the same command continues"
+        ) from error
 
 
 class Stopper:

@@ -158,7 +158,10 @@ def ask_dashboard() -> tuple[int | None, int | None, int | None]:
     if not url:
         return None, None, None
     port = int(url.rpartition(":")[2])
-    return port, _status(url, {}), _status(url, get_auth_headers_if_auth_enabled({}))
+    try:
+        return port, _status(url, {}), _status(url, get_auth_headers_if_auth_enabled({}))
+    except urllib.error.URLError:  # it listens on the loopback of the head, and this is another node
+        return None, None, None
 
 
 def _status(url: str, headers: dict[str, str]) -> int:

@@ -9,7 +9,7 @@ from raysed.core import networks
 from raysed.core.acquisition import strategy_of
 from raysed.core.splits import training_rows, validation_rows
 from raysed.errors import UsageError
-from raysed.io import people
+from raysed.io import checkpoint, people
 from raysed.io.ledger import Ledger
 from raysed.io.model import init_notes, load_init, weights_of_run
 from raysed.io.storage import Storage
@@ -88,8 +88,17 @@ def check_labels(experiment: Experiment, store: Store) -> None:
 
 
 def check_run_paths(experiment: Experiment) -> None:
-    """Refuse local paths of data, run, initial model or labels on a cluster of several nodes."""
-    places = {"--data": experiment.data.uri, "--run": experiment.run, "--init": experiment.model.init}
+    """Refuse local paths of data, run, weights to begin with, reference or labels on a cluster of several nodes."""
+    weights, references = experiment.model.encoder_weights, (experiment.select.reference or "").split("+")
+    places = {
+        "--data": experiment.data.uri,
+        "--run": experiment.run,
+        "--init": experiment.model.init,
+        "--model.encoder-weights": weights
+        if checkpoint.is_file_spec(weights) and weights != checkpoint.LITE0
+        else None,
+        **{f"--select.reference {k}": uri for k, uri in enumerate(references, start=1)},
+    }
     if experiment.asks_people:
         places["--pool.labels"] = experiment.pool.labels
     check_paths(

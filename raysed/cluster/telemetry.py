@@ -64,6 +64,8 @@ class Monitor:
         self.changed = threading.Condition()
         self.allowed, self.stopping = allowed, False
         self.groups, self.fruitless, self.last_error = 0, 0, ""
+        self.workers = 0
+        """Of the newest group."""
         self._beat = time.monotonic()
 
     def beat(self) -> None:
@@ -74,10 +76,15 @@ class Monitor:
         """Seconds since rank 0 was last known to live, or since the start."""
         return time.monotonic() - self._beat
 
-    def begin(self) -> int:
-        """A group of workers begins; its number, from 1, or 0 if those before it ended one by one without any commit."""
+    def begin(self, workers: int) -> int:
+        """A group of workers begins; its number, from 1, or 0 if those before it ended one by one without any commit.
+
+        A group that makes room for a larger one has not failed.
+        """
         self.groups += 1
-        self.fruitless += 1
+        if not 0 < self.workers < workers:
+            self.fruitless += 1
+        self.workers = workers
         self.post({"kind": "started"})
         if self.fruitless > RESTARTS + 1:
             text = f"the training workers have ended {RESTARTS + 1} times since the last commit: {self.last_error or 'they died'}"

@@ -19,8 +19,8 @@ class Work:
     cycles: int
     train: int
     """A cycle."""
-    score: int
-    """A cycle; 0 without scores."""
+    score: float
+    """A cycle, in passes at full size; 0 without scores."""
     validate: int
     """A cycle."""
 

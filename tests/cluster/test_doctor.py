@@ -74,7 +74,7 @@ def test_shares_of_gpus_are_packed_by_device():
     )
     one = [Offer("gpu", {"CPU": 8.0, "GPU": 1.0}, 1)]
     two = [Offer("gpu", {"CPU": 8.0, "GPU": 1.0}, 2)]
-    assert_fails(checks.resources(gpus, one), 7, "0.75 GPU")
+    assert_fails(checks.resources(gpus, one), 7, "0.9375 GPU")
     assert checks.resources(gpus, two).status == "pass"
     assert_fails(checks.resources(gpus, two, most=1), 7, "at most 1 at once")
 

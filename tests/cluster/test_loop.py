@@ -17,13 +17,13 @@ import torch
 
 import raysed
 from raysed.cluster import scoring
-from raysed.cluster.estimate import dry_run
+from raysed.cluster.estimate import _scored, dry_run
 from raysed.cluster.launch import store_of
 from raysed.cluster.preflight import check_data
 from raysed.cluster.scoring import BATCH, Network, Scorer, ScorerPool, score_pool
 from raysed.cluster.stream import Stream
-from raysed.cluster.telemetry import GAUGES, Monitor
-from raysed.config import AugmentConfig, Experiment, ModelConfig, SelectConfig
+from raysed.cluster.telemetry import GAUGES, RESTARTS, Monitor
+from raysed.config import AugmentConfig, ClusterConfig, Experiment, ModelConfig, PoolConfig, SelectConfig
 from raysed.core.augment import augment, to_uint8
 from raysed.core.losses import class_weights
 from raysed.core.networks import build
@@ -291,6 +291,46 @@ def test_the_grafana_dashboard_shows_every_gauge():
     text = (Path(raysed.__file__).parent / "report/grafana.json").read_text()
     shown = {t["expr"] for p in json.loads(text)["panels"] for t in p["targets"]}
     assert shown == {f"ray_{name}" for name in GAUGES}
+
+
+@pytest.mark.parametrize(
+    ("select", "pool", "wanted"),
+    [
+        (SelectConfig(strategy="uniform"), {}, 0),
+        (SelectConfig(strategy="entropy"), {}, 100),
+        (SelectConfig(strategy="entropy", scores="overlapped", side="half"), {}, 25),
+        (SelectConfig(strategy="entropy", scores="byproduct"), {}, 0.25 * (100 + 9 * 10) / 10),
+        (SelectConfig(strategy="reducible-loss", reference="run"), {}, 10),
+        (
+            SelectConfig(strategy="entropy", protocol="pool"),
+            {"cycles": 5},
+            10,
+        ),  # a round by chance, and one by scores
+    ],
+)
+def test_a_dry_run_counts_the_passes_that_a_run_makes(select, pool, wanted):
+    assert _scored(Experiment(cycles=10, select=select, pool=PoolConfig(**pool)), 100, 0) == pytest.approx(
+        wanted
+    )
+
+
+def test_a_group_that_makes_room_for_a_larger_one_has_not_failed():
+    monitor = Monitor(0)
+    assert all(monitor.begin(workers) for workers in (1, 2, 3, 4, 5, 6))
+    assert [bool(monitor.begin(1)) for _ in range(RESTARTS + 1)] == [True] * RESTARTS + [False]
+
+
+def test_ray_counts_one_worker_a_gpu():
+    from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+
+    def counted(*gpus: int) -> int:
+        worker = ClusterConfig().worker("cuda")
+        config = ray.train.ScalingConfig(num_workers=(1, 64), use_gpu=True, resources_per_worker=worker)
+        nodes = {f"node{k}": {"CPU": 64.0, "GPU": float(n)} for k, n in enumerate(gpus)}
+        return ElasticScalingPolicy(config)._count_possible_workers(nodes)
+
+    assert [counted(n) for n in (1, 2, 4, 8)] == [1, 2, 4, 8]
+    assert counted(4, 4) == 8
 
 
 def test_a_dry_run_reckons_and_writes_nothing(ray_session, small_store, tmp_path):
