@@ -14,6 +14,7 @@ import ray
 import torch
 from PIL import Image as Pillow
 from rasterio.transform import Affine
+from torch.nn.functional import cross_entropy
 
 from raysed import cli
 from raysed.cluster.local import LocalCluster
@@ -35,8 +36,8 @@ from raysed.config import ClusterConfig
 from raysed.core.counts import confusion
 from raysed.core.metrics import scores
 from raysed.core.networks import build
-from raysed.core.tiles import LandClass, target_of
-from raysed.core.windows import Axis, Block, seam_score
+from raysed.core.tiles import VOID, LandClass, target_of
+from raysed.core.windows import Axis, Block, axis, seam_score
 from raysed.errors import DataError, ResourcesError, UsageError
 from raysed.io import checkpoint, model
 from raysed.io.imagery import find_images, find_labels
@@ -506,16 +507,21 @@ def test_the_rule_of_training_is_that_of_prediction(tmp_path):
         plan_image(image, None, Task(net.record, Settings(), str(tmp_path)))
 
 
-def seams(folder: Path, overlap: float) -> float:
-    """Seam score of the one image of a folder, over rows and columns of windows."""
-    found, (rows, cols) = layers_of(small_model(), folder, probabilities=True, overlap=overlap)
-    shares, ratios = found[1:].astype(float), []
+def seams(shares: np.ndarray, rows: Axis, cols: Axis) -> float:
+    """Seam score of (C, H, W) probabilities, over rows and columns of windows."""
+    shares, ratios = shares.astype(float), []
     for along, values in ((cols, shares), (rows, shares.transpose(0, 2, 1))):
         borders = {s for start in along.starts for s in (start, start + SIDE)} - {0, along.length}
         rest = [k for k in range(1, along.length) if min(abs(k - b) for b in borders) > 1]
         others = np.random.default_rng(0).choice(rest, 200)
         ratios.append(seam_score(values, borders, others))
     return float(np.mean(ratios))
+
+
+def untrained_seams(folder: Path, overlap: float) -> float:
+    """Seam score of the one image of a folder under an untrained network."""
+    found, axes = layers_of(small_model(), folder, probabilities=True, overlap=overlap)
+    return seams(found[1:], *axes)
 
 
 @pytest.mark.real
@@ -525,8 +531,62 @@ def test_no_seam_shows_on_real_tiles(real_data, tmp_path):
         with Pillow.open(name) as image:
             image.crop((0, 0, 500, 500)).save(tmp_path / name.stem / "x.png")
     folders = sorted(tmp_path.iterdir())
-    assert np.mean([seams(f, 0.25) for f in folders]) <= 1.05
-    assert np.mean([seams(f, 0.0) for f in folders]) > 1.5  # what blending is for
+    assert np.mean([untrained_seams(f, 0.25) for f in folders]) <= 1.05
+    assert np.mean([untrained_seams(f, 0.0) for f in folders]) > 1.5  # what blending is for
+
+
+def trained_briefly(data: Path) -> model.Model:
+    """A model of sixty steps on crops of six images."""
+    rng, net = np.random.default_rng(0), build(ARCH, len(CLASSES), seed=3).train()
+    optimizer, pairs = torch.optim.Adam(net.parameters(), 1e-3), []
+    for name in (data / "train.txt").read_text().split()[:6]:
+        with (
+            Pillow.open(data / f"images/{name}.jpg") as image,
+            Pillow.open(data / f"labels/{name}.png") as label,
+        ):
+            pairs.append((np.array(image), target_of(np.array(label))))
+    for _ in range(60):
+        images, targets = [], []
+        for image, target in (pairs[k] for k in rng.integers(0, len(pairs), 8)):
+            y, x = (rng.integers(0, size - SIDE) for size in target.shape)
+            images.append(image[y : y + SIDE, x : x + SIDE])
+            targets.append(target[y : y + SIDE, x : x + SIDE])
+        x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
+        loss = cross_entropy(net(x), torch.from_numpy(np.stack(targets)).long(), ignore_index=VOID)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    weights = {n: t.detach().clone() for n, t in net.net.state_dict().items()}
+    return model.Model(replace(small_model().record, sha256=digest(checkpoint.pack(weights))), weights)
+
+
+@pytest.mark.ray
+@pytest.mark.real
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("every", [30, pytest.param(1, marks=pytest.mark.slow)])
+def test_whole_real_images_become_valid_maps_at_their_place_without_a_seam(
+    ray_head, real_data, tmp_path, every
+):
+    model.save(trained_briefly(real_data / "dubai"), str(tmp_path / "model"), "", overwrite=False)
+    files, places = sorted((real_data / "dubai/images").glob("*.jpg"))[::every], {}
+    for number, file in enumerate(files):
+        places[file.stem] = PLACE["transform"] @ Affine.translation(2500 * number, 0)
+        with Pillow.open(file) as image:
+            keys = {"crs": PLACE["crs"], "transform": places[file.stem]}
+            write_tiff(tmp_path / f"in/{file.stem}.tif", np.array(image), **keys)
+    flags = [str(tmp_path / "model"), "--source", str(tmp_path / "in"), "--target", str(tmp_path / "out")]
+    done = processes.run("predict", *flags, "--probabilities", "--json", timeout=1100)
+    assert json.loads(done.stdout)["maps"] == len(files)
+    found = []
+    for name, transform in places.items():
+        paths = [tmp_path / f"out/{name}.tif", tmp_path / f"out/{name}.probabilities.tif"]
+        for path in paths:
+            check_cog(path)
+            with rasterio.open(tmp_path / f"in/{name}.tif") as source, rasterio.open(path) as made:
+                assert (made.crs, made.transform, made.shape) == (source.crs, transform, source.shape)
+                layers = made.read()
+        found.append(seams(layers, *(axis(size, 1.0, SIDE, 0.25) for size in layers.shape[1:])))
+    assert np.mean(found) <= 1.05
 
 
 def test_ahead_gives_all_and_raises_what_the_thread_raised():
