@@ -184,8 +184,16 @@ def prepare(
     }
     _make(items, arguments, say)
     if _version(storage) == (base.dataset.version if base else 0):  # else somebody beside us has finished it
-        made: dict[str, Any] = {"shards": list(shards), "bad": bad, "dropped": dropped}
-        _finish(storage, base, layout, settings, **made, bad_budget=bad_budget)
+        _finish(
+            storage,
+            base,
+            layout,
+            settings,
+            shards=list(shards),
+            bad=bad,
+            dropped=dropped,
+            bad_budget=bad_budget,
+        )
     for k in shards:
         storage.remove(_piece(k))
     result = _result(storage)

@@ -37,6 +37,8 @@ _BUSY = (
 )
 """Answers (that to a HEAD has a status alone) after which pyarrow gives up before a busy store has caught its breath: its retries share a budget, which many concurrent
 reads use up, and the last of these (an error answer longer than the bytes asked for) it does not retry at all."""
+_TAKEN = ("PreconditionFailed", "ConditionalRequestConflict")
+"""Answers to a conditional put of an object that exists, or that somebody else is putting."""
 _CONNECT, _REQUEST = 5, 30
 """Seconds until a connection or a request counts as failed."""
 _T = TypeVar("_T")
@@ -143,17 +145,17 @@ class Storage:
             return self._try(path, lambda: _link_new(full, data))
         from botocore.exceptions import BotoCoreError
 
-        try:
-            self._s3fs.pipe_file(full, data, mode="create")
-            return True
-        except (OSError, BotoCoreError) as error:
-            code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
-            if isinstance(error, FileExistsError) or code in (
-                "PreconditionFailed",
-                "ConditionalRequestConflict",
-            ):
-                return self._read(full) == data
-            raise StorageError(f"{self.uri}/{path}: {_line(error)}") from error
+        for _ in range(_ATTEMPTS):
+            try:
+                self._s3fs.pipe_file(full, data, mode="create")
+                return True
+            except (OSError, BotoCoreError) as error:
+                code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
+                if not isinstance(error, FileExistsError) and code not in _TAKEN:
+                    raise StorageError(f"{self.uri}/{path}: {_line(error)}") from error
+            with contextlib.suppress(FileNotFoundError):  # the put that was in the way came to nothing
+                return self.read(path) == data
+        raise StorageError(f"{self.uri}/{path}: {_ATTEMPTS} puts met another one, and no object is there")
 
     def list(self, prefix: str = "") -> dict[str, int]:
         """Paths below a prefix, recursively, with their sizes in bytes; empty if there is nothing."""

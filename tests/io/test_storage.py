@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +20,12 @@ def storage(request, tmp_path):
     if request.param == "bucket":
         return Storage(request.getfixturevalue("bucket") + "/root")
     return Storage(str(tmp_path / "root"))
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Two attempts instead of six."""
+    monkeypatch.setattr("raysed.io.storage._ATTEMPTS", 2)
 
 
 def test_write_read_list_remove(storage):
@@ -65,6 +72,39 @@ def test_create_has_one_winner_among_racing_threads(storage):
     assert storage.read("manifest.json") == b"%d" % won[0]
 
 
+@pytest.mark.parametrize("lost", [1, 9])
+def test_a_put_that_met_another_which_came_to_nothing_is_made_again(bucket, monkeypatch, impatient, lost):
+    """S3 answers 409 to one of two puts at a time, and the other may fail."""
+    storage, puts, put = Storage(bucket), [], Storage(bucket)._s3fs.pipe_file
+
+    def conflicting(full, data, mode):
+        puts.append(full)
+        if len(puts) <= lost:
+            answer = {"Error": {"Code": "ConditionalRequestConflict"}}
+            raise OSError(22, "conflict") from ClientError(answer, "PutObject")
+        put(full, data, mode=mode)
+
+    monkeypatch.setattr(storage._s3fs, "pipe_file", conflicting)
+    if lost > 2:
+        with pytest.raises(StorageError, match="2 puts met another one"):
+            storage.create("x", b"data")
+        return
+    assert storage.create("x", b"data")
+    assert storage.read("x") == b"data"
+
+
+def test_a_put_that_finds_an_object_it_cannot_read_names_it(bucket, monkeypatch, impatient):
+    storage = Storage(bucket)
+    storage.write("x", b"other")
+
+    def unreadable(full):
+        raise OSError("SLOW_DOWN")
+
+    monkeypatch.setattr(storage, "_read", unreadable)
+    with pytest.raises(StorageError, match=f"{bucket}/x: SLOW_DOWN"):
+        storage.create("x", b"data")
+
+
 def test_a_failed_write_leaves_the_old_bytes_and_no_litter(tmp_path, monkeypatch):
     storage = Storage(str(tmp_path / "root"))
     storage.write("x", b"old")
@@ -94,12 +134,6 @@ def test_ranges_come_back_in_the_order_asked_for(storage):
     storage.write("x", data)
     spans = [(20000, 10), (5, 3), (5, 8), (25590, 20), (6, 1)]
     assert storage.read_ranges("x", spans) == [data[o : o + n] for o, n in spans]
-
-
-@pytest.fixture
-def impatient(monkeypatch):
-    """Two attempts instead of six."""
-    monkeypatch.setattr("raysed.io.storage._ATTEMPTS", 2)
 
 
 OPERATIONS = {
