@@ -30,6 +30,8 @@ MAX_WINDOWED = 1 << 30
 """Pixels of a GeoTIFF that is read window by window."""
 MAX_FETCHED = 1 << 30
 """Bytes of a PNG or JPEG file."""
+MAX_NAME = 187
+"""Characters of a source's name: a tile id has 200, and the place of a tile in the longest image takes 13."""
 FETCHED = 64 << 20
 """Bytes up to which a GeoTIFF in a bucket is fetched at once; of a larger one only what its windows need."""
 _TIFF, _PILLOW = (".tif", ".tiff"), {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
@@ -253,6 +255,11 @@ def _sorted(sources: Iterable[Source], storage: Storage) -> tuple[Source, ...]:
             check_id(source.name)
         except ValueError as error:
             raise UsageError(f"{storage.uri}: {error}") from error
+        if len(source.name) > MAX_NAME:
+            raise UsageError(
+                f"{storage.uri}: the name {source.name[:40]}... has {len(source.name)} characters, at most {MAX_NAME} leave room "
+                "for the place of a tile"
+            )
         if source.name in by_name:
             raise UsageError(
                 f"{storage.uri}: source {source.name} is listed twice ({by_name[source.name].split} and {source.split})"

@@ -15,6 +15,7 @@ import pytest
 import rasterio
 from PIL import Image
 
+from raysed.core.tiles import tile_id
 from raysed.errors import StorageError, UsageError
 from raysed.io import sources
 from raysed.io.sources import BadSource, Raster, Rule, find, remapped
@@ -131,6 +132,10 @@ def spoil_name(town: Path) -> None:
     (town / "val.txt").write_text("my town_2\n")
 
 
+def spoil_length(town: Path) -> None:
+    (town / "val.txt").write_text("x" * 192)
+
+
 def spoil_classes(town: Path) -> None:
     (town / "classes.json").unlink()
 
@@ -153,6 +158,7 @@ def spoil_json(town: Path) -> None:
         (spoil_twin, "have the same name"),
         (spoil_list, r"val\.txt is no list of names"),
         (spoil_name, "id 'my town_2' is not"),
+        (spoil_length, "has 192 characters, at most 187"),
         (spoil_classes, r"has labels but no classes\.json"),
         (spoil_ids, "must be different and in 0..255"),
         (spoil_range, "must be different and in 0..255"),
@@ -164,6 +170,11 @@ def test_what_makes_a_folder_ambiguous_is_refused_in_one_line(town, spoil, text)
     with pytest.raises(UsageError, match=text) as refused:
         layout(town)
     assert "\n" not in str(refused.value)
+
+
+def test_the_longest_name_leaves_room_for_the_last_tile_of_the_longest_image():
+    last = sources.MAX_WINDOWED // 16**2 - 1  # of 16 pixels a side, the smallest tiles that prepare cuts
+    assert len(tile_id("x" * sources.MAX_NAME, 0, last)) == 200
 
 
 @pytest.mark.parametrize(
