@@ -33,6 +33,8 @@ from raysed.io.store import BadTile
 TILES_A_SHARD = 128
 SCENE_SIDE = 256
 """Side of a synthetic scene, pixels."""
+_SOURCES = ("sources", "listing", "stamps")
+"""What a plan says of its sources: their number, names and sizes, and when they were written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +154,7 @@ def prepare(
     if append:
         base = store.Store.open(storage.uri)
         layout = _new_sources(base, layout, settings, say)
-    if not layout.sources or not _agree(storage, layout, settings, base):
+    if not layout.sources or not _agree(storage, _plan(layout, settings, root), base):
         result = _result(storage)
         say(f"{storage.uri} is finished already: {_text(result)}")
         return result
@@ -254,7 +256,7 @@ def _new_sources(base: store.Store, layout: Layout, settings: Settings, say: Cal
         remap = tuple((int(value), wanted) for value, wanted in dataset.remap.items())
         layout = replace(layout, classes=dataset.classes, ignore=dataset.ignore, remap=remap)
     there = _begun(base.storage, "plan.json")
-    if differs := _differences(there, _plan(layout, settings), but=("layout", "sources", "listing")):
+    if differs := _differences(there, _plan(layout, settings, None), but=("layout", *_SOURCES)):
         raise UsageError(f"{where} has other classes or settings than what is to be appended ({differs})")
     held = set(pc.unique(base.index["source"]).to_pylist())
     new = tuple(s for s in layout.sources if s.name not in held)
@@ -294,9 +296,9 @@ def _text(result: dict[str, Any]) -> str:
     )
 
 
-def _plan(layout: Layout, settings: Settings) -> dict[str, Any]:
-    """What determines a store, as JSON gives it back."""
-    listing = hashlib.sha256(json.dumps([asdict(s) for s in layout.sources]).encode()).hexdigest()
+def _plan(layout: Layout, settings: Settings, root: Storage | None) -> dict[str, Any]:
+    """What determines a store, as JSON gives it back; of a root also when its files were written."""
+    listing = _json_hash([asdict(s) for s in layout.sources])
     plan: dict[str, Any] = {
         **asdict(settings),
         "layout": layout.kind,
@@ -310,7 +312,16 @@ def _plan(layout: Layout, settings: Settings) -> dict[str, Any]:
         del plan["rule"]
     if not layout.remap:
         del plan["remap"]
+    if root:
+        stamps = {path: str(seen.changed) for path, seen in root.look_below().items()}
+        plan["stamps"] = _json_hash(
+            [(stamps.get(s.image), stamps.get(s.label or "")) for s in layout.sources]
+        )
     return json.loads(json.dumps(plan))
+
+
+def _json_hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _begun(storage: Storage, path: str) -> dict[str, Any]:
@@ -321,18 +332,19 @@ def _begun(storage: Storage, path: str) -> dict[str, Any]:
 def _differences(there: dict[str, Any], now: dict[str, Any], but: Sequence[str] = ()) -> str:
     """How two plans differ, as text; empty if they do not."""
     differs = {k: now.get(k) for k in there | now if k not in but and there.get(k) != now.get(k)}
-    if differs.pop("listing", None) and not differs:
-        differs = {"sources": "of other sizes or names"}
+    texts = {"listing": "of other sizes or names", "stamps": "written again since"}
+    changed = [text for key, text in texts.items() if differs.pop(key, None) and key in there]
+    if changed and not differs:
+        differs = {"sources": changed[0]}
     lines = [f"{k}: {there.get(k)!r} there, {v!r} now" for k, v in differs.items()]
     return "; ".join(line if len(line) < 120 else line[:117] + "..." for line in lines)
 
 
-def _agree(storage: Storage, layout: Layout, settings: Settings, base: store.Store | None) -> bool:
+def _agree(storage: Storage, plan: dict[str, Any], base: store.Store | None) -> bool:
     """Write the plan, or check that the one there is the same; whether there is anything left to do.
 
     What is unfinished and whose sources have changed since (a bad file was repaired, say) is begun anew.
     """
-    plan = _plan(layout, settings)
     # an owner, because a bucket takes the second of two equal puts for the first
     body = (json.dumps({**plan, "owner": uuid.uuid4().hex}, indent=1) + "\n").encode()
     path = f"{store.folder(base.dataset.version + 1)}/plan.json" if base else "plan.json"
@@ -344,7 +356,7 @@ def _agree(storage: Storage, layout: Layout, settings: Settings, base: store.Sto
             storage.remove(stale)
         return True
     there = _begun(storage, path)
-    if not finished and not _differences(there, plan, but=("sources", "listing")):
+    if not finished and not _differences(there, plan, but=_SOURCES):
         if there != plan:
             kept = set(base.index["shard"].to_pylist()) if base else set()
             for stale in {*storage.list("pieces"), *storage.list("shards")} - kept:

@@ -460,6 +460,22 @@ def test_a_repaired_source_leaves_nothing_of_the_attempt_before(ray_session, tmp
 
 
 @pytest.mark.ray
+def test_a_source_written_again_is_noticed_and_a_copy_of_all_makes_the_same_store(ray_session, tmp_path):
+    """Even if it has the size it had."""
+    root, first = folder(tmp_path / "in"), folder(tmp_path / "first")
+    good = (root / "images/town_1.png").read_bytes()
+    (root / "images/town_1.png").write_bytes(bytes(len(good)))
+    with pytest.raises(DataError, match="town_1: "):
+        make(root, tmp_path / "out", tile=32)
+    (root / "images/town_1.png").write_bytes(good)
+    calm = make(root, tmp_path / "out", tile=32)
+    assert make(first, tmp_path / "copy", tile=32) == calm
+    os.utime(root / "images/town_1.png", ns=(0, 0))
+    with pytest.raises(UsageError, match="sources: 6 there, 'written again since' now"):
+        make(root, tmp_path / "out", tile=32)
+
+
+@pytest.mark.ray
 def test_a_storage_that_refuses_ends_the_job_as_what_it_is(ray_session, tmp_path):
     """The error is raised in a task: it must not reach the user as Ray's."""
     (tmp_path / "out").mkdir()
