@@ -72,7 +72,8 @@ def with_data(experiment: Experiment, preset: str | None) -> Experiment:
         )
         from raysed.cluster.prepare import prepare_synthetic
 
-        prepare_synthetic(DEMO_STORE, scenes=DEMO_SCENES, tile=DEMO_TILE, say=say)
+        shared = experiment.cluster.shared_filesystem
+        prepare_synthetic(DEMO_STORE, scenes=DEMO_SCENES, tile=DEMO_TILE, shared_filesystem=shared, say=say)
     return replace(experiment, data=replace(experiment.data, uri=Storage(uri).uri))
 
 

@@ -111,9 +111,13 @@ def synthetic(scenes: int) -> Layout:
     return Layout("synthetic", "synthetic", OPENEARTHMAP, (0,), tuple(sorted(made, key=lambda s: s.name)))
 
 
-def prepare_synthetic(target: str, *, scenes: int, tile: int, say: Callable[[str], None]) -> None:
+def prepare_synthetic(
+    target: str, *, scenes: int, tile: int, shared_filesystem: bool = False, say: Callable[[str], None]
+) -> None:
     """The synthetic store, made once."""
-    prepare(None, synthetic(scenes), target, Settings(tile=tile), say=say)
+    prepare(
+        None, synthetic(scenes), target, Settings(tile=tile), shared_filesystem=shared_filesystem, say=say
+    )
 
 
 def prepare(

@@ -21,6 +21,7 @@ from rasterio.transform import Affine
 
 from raysed import cli
 from raysed.cluster.prepare import Settings, pack, plan_grids, prepare, synthetic
+from raysed.config import ClusterConfig, Experiment
 from raysed.errors import DataError, StorageError, UsageError
 from raysed.io import store as store_module
 from raysed.io.sources import (
@@ -34,6 +35,7 @@ from raysed.io.sources import (
 )
 from raysed.io.storage import Storage
 from raysed.io.store import Store, read_tiles
+from raysed.runs import with_data
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -500,6 +502,14 @@ def test_a_local_path_on_several_nodes_is_refused(ray_session, tmp_path, monkeyp
         prepare(storage, find(storage), str(tmp_path / "out"), Settings(tile=32), **shared)["tiles"]["val"]
         == 18
     )
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_demos_store_is_made_on_disks_that_are_said_to_be_shared(monkeypatch, shared):
+    seen = {}
+    monkeypatch.setattr("raysed.cluster.prepare.prepare", lambda *_, **options: seen.update(options))
+    with_data(Experiment(cluster=ClusterConfig(shared_filesystem=shared)), "demo")
+    assert seen["shared_filesystem"] is shared
 
 
 @pytest.mark.ray
