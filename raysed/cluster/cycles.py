@@ -68,7 +68,7 @@ from raysed.io.ledger import (
 from raysed.io.model import load_init, start_from, weights_of_run
 from raysed.io.people import Request
 from raysed.io.storage import Storage, digest
-from raysed.io.store import BadTile, Store
+from raysed.io.store import BadTile, Store, quarantine_table
 
 EXAMPLES, EXAMPLES_EVERY = 4, 5
 """Validation tiles that are pictured with label and prediction, and the cycles between pictures."""
@@ -335,6 +335,7 @@ class Worker:
         if self.rank == 0:
             began = time.perf_counter()
             self._settle()
+            self._list_quarantine()
             model, optimizer = checkpoint.pack(self.learner.weights()), self.learner.optimizer_state()
             self.weights_hash = digest(model)
             files = {
@@ -658,6 +659,7 @@ class Worker:
         """Commit the state after some steps, in a thread."""
         with opened.clock.phase("commit"):
             self._settle()
+            self._list_quarantine()
             files = {**opened.files, "state.json": self._state_bytes(opened)}
             if opened.visits:
                 positions, rows = zip(*opened.visits, strict=True)
@@ -788,11 +790,22 @@ class Worker:
             self.quarantine[tile.tile_id] = tile
         allowed = self.exp.data.bad_tile_budget * self.store.index.num_rows
         if len(self.quarantine) > allowed:
+            self._list_quarantine()
             first = next(iter(self.quarantine.values()))
             raise DataError(
                 f"{len(self.quarantine)} of {self.store.index.num_rows} tiles are unusable, data.bad_tile_budget allows "
-                f"{allowed:.1f}; the first is {first.tile_id}: {first.reason}"
+                f"{allowed:.1f}; the first is {first.tile_id}: {first.reason}; all are in {self.ledger.storage.uri}/quarantine.parquet"
             )
+
+    def _list_quarantine(self) -> None:
+        """Write `quarantine.parquet`, if there is anything in it."""
+        if self.rank or not self.quarantine:
+            return
+        table, index = quarantine_table(self.quarantine.values()), self.store.index
+        expected = index["sha256"].take(pc.index_in(table["tile_id"], index["tile_id"]))
+        self.ledger.storage.write(
+            "quarantine.parquet", table_bytes(table.append_column("expected", expected))
+        )
 
     def _check(self, cycle: int, order: Plan, train: dict[str, float], val: dict[str, Any]) -> None:
         finite = (

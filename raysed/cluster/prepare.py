@@ -26,6 +26,7 @@ from raysed.core import tiles
 from raysed.core.tiles import OPENEARTHMAP
 from raysed.errors import DataError, UsageError
 from raysed.io import codec, sources, store
+from raysed.io.ledger import table_bytes
 from raysed.io.sources import PLAIN, BadSource, Layout, Raster, Rule, Source
 from raysed.io.storage import Storage
 from raysed.io.store import BadTile
@@ -166,7 +167,7 @@ def prepare(
     check_paths({p.uri: p.uri for p in (root, storage) if p}, shared=shared_filesystem)
     secure_task(say)
     grids, bad, dropped = _grids(root, layout, settings)
-    _check_budget(bad, layout, bad_budget)  # before the work, as far as it is known
+    _check_budget(storage, base, bad, layout, bad_budget)  # before the work, as far as it is known
     first = _shards(base)
     shards = dict(enumerate(pack(grids), start=first))
     done = storage.list("pieces")
@@ -221,7 +222,7 @@ def _finish(
     """Make a version of the pieces of these shards; `bad` are the sources that have none."""
     index, spoiled = _collect(storage, shards)
     quarantine = [*bad, *spoiled]
-    _check_budget(quarantine, layout, bad_budget)
+    _check_budget(storage, base, quarantine, layout, bad_budget)
     if base:
         tried = {s.name for s in layout.sources}
         before = pq.read_table(io.BytesIO(storage.read(base.dataset.path("quarantine.parquet"))))
@@ -351,7 +352,7 @@ def _agree(storage: Storage, plan: dict[str, Any], base: store.Store | None) -> 
     """
     # an owner, because a bucket takes the second of two equal puts for the first
     body = (json.dumps({**plan, "owner": uuid.uuid4().hex}, indent=1) + "\n").encode()
-    path = f"{store.folder(base.dataset.version + 1)}/plan.json" if base else "plan.json"
+    path = _own(base, "plan.json")
     finished = base is None and storage.exists("dataset.json")
     if finished and not storage.exists(path):
         raise UsageError(f"{storage.uri} holds a store that was not made by prepare: choose another --target")
@@ -592,11 +593,21 @@ def _collect(storage: Storage, shards: Sequence[int]) -> tuple[pa.Table, list[Ba
     return index.filter(pc.invert(pc.is_in(index["source"], gone))), list(bad.values())
 
 
-def _check_budget(quarantine: list[BadTile], layout: Layout, budget: float) -> None:
-    if len(quarantine) > budget * len(layout.sources):
-        shown = "; ".join(f"{b.tile_id}: {b.reason}" for b in quarantine[:3])
-        remedy = "; --bands picks bands, --stretch makes 8 bits of 16" if " bands of " in shown else ""
-        raise DataError(
-            f"{len(quarantine)} of {len(layout.sources)} sources are unusable, --bad-budget allows {budget:g} of them "
-            f"({shown}){remedy}"
-        )
+def _check_budget(
+    storage: Storage, base: store.Store | None, quarantine: list[BadTile], layout: Layout, budget: float
+) -> None:
+    if len(quarantine) <= budget * len(layout.sources):
+        return
+    path = _own(base, "quarantine.parquet")
+    storage.write(path, table_bytes(store.quarantine_table(quarantine)))
+    shown = "; ".join(f"{b.tile_id}: {b.reason}" for b in quarantine[:3])
+    remedy = "; --bands picks bands, --stretch makes 8 bits of 16" if " bands of " in shown else ""
+    raise DataError(
+        f"{len(quarantine)} of {len(layout.sources)} sources are unusable, --bad-budget allows {budget:g} of them "
+        f"({shown}; all are in {storage.uri}/{path}){remedy}"
+    )
+
+
+def _own(base: store.Store | None, name: str) -> str:
+    """Path of a file of the version that is being made."""
+    return f"{store.folder(base.dataset.version + 1)}/{name}" if base else name

@@ -8,6 +8,7 @@ labelling/ labelled/        picks that went out to people, labels that came back
 cycle_0007/by_02_01/        the same files where the first lease's first workers were not those that wrote the cycle
 cycle_0007/manifest.json    sizes and hashes of the files, metrics, seconds: written last and only once, the commit
 cycle_0007/step_000120/     a commit inside the cycle, of the same kind; gone when the cycle is committed
+quarantine.parquet          tiles that could not be used, why, and their sha256, found and in the index; none if all were good
 cycles.jsonl summary.json tensorboard/ report.html     derived from the manifests, can be rebuilt
 """
 

@@ -242,8 +242,7 @@ def finish(
         remap=remap or {},
         version=version,
     )
-    bad = pa.Table.from_pylist([asdict(b) for b in quarantine], schema=QUARANTINE).sort_by("tile_id")
-    for path, table in (("quarantine.parquet", bad), ("index.parquet", index)):
+    for path, table in (("quarantine.parquet", quarantine_table(quarantine)), ("index.parquet", index)):
         out = io.BytesIO()
         pq.write_table(table, out, compression="ZSTD")
         storage.write(dataset.path(path), out.getvalue())
@@ -251,6 +250,11 @@ def finish(
         storage.write(f"{folder(version - 1)}/dataset.json", storage.read("dataset.json"))
     storage.write("dataset.json", dataset.to_json())
     return dataset
+
+
+def quarantine_table(bad: Iterable[BadTile]) -> pa.Table:
+    """Rows of `QUARANTINE`, sorted by tile_id."""
+    return pa.Table.from_pylist([asdict(b) for b in bad], schema=QUARANTINE).sort_by("tile_id")
 
 
 def _total_pixels(index: pa.Table, classes: int) -> list[int]:

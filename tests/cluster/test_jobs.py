@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 
+import pyarrow.parquet as pq
 import pytest
 from processes import FAST, ROOT, error_line, kill_at, run, start
 from safetensors.torch import load, save
@@ -206,6 +207,15 @@ def test_bad_tiles_beyond_the_budget_end_the_run_with_code_4(damaged_store, tmp_
     uri, victim = damaged_store
     done = run("active", "--data", uri, "--cycles", "1", *FAST, "--run", str(tmp_path / "r"), code=4)
     assert victim in error_line(done)
+    check_quarantine(tmp_path / "r", uri, victim)
+
+
+def check_quarantine(run_directory, uri, victim):
+    """It lists the one bad tile, with the hash it should have had."""
+    [row] = pq.read_table(run_directory / "quarantine.parquet").to_pylist()
+    [at] = Store.open(uri).locations([victim])
+    assert (row["tile_id"], row["expected"]) == (victim, at["sha256"])
+    assert f"bytes have sha256 {row['sha256'][:12]}" in row["reason"]
 
 
 @pytest.mark.slow
@@ -214,6 +224,7 @@ def test_bad_tiles_within_the_budget_are_quarantined(damaged_store, tmp_path):
     flags = ["--data", uri, "--cycles", "1", *FAST, "--data.bad-tile-budget", "0.01"]
     done = run("active", *flags, "--run", str(tmp_path / "r"))
     assert f"tile {victim} is quarantined" in done.stdout
+    check_quarantine(tmp_path / "r", uri, victim)
 
 
 def test_divergence_ends_with_code_5(small_store, tmp_path):

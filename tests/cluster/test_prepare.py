@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import rasterio
 from PIL import Image
@@ -440,9 +441,13 @@ def test_a_target_of_other_input_or_settings_is_refused_with_the_difference(ray_
 def test_missing_sources_beyond_the_budget_are_told_before_the_work(ray_session, tmp_path):
     root = folder(tmp_path / "in")
     (root / "images/town_1.png").unlink()
-    with pytest.raises(DataError, match=r"1 of 6 sources .* \(town_1: images/town_1 is missing\)") as refused:
+    with pytest.raises(
+        DataError, match=r"1 of 6 sources .* \(town_1: images/town_1 is missing; all are"
+    ) as refused:
         make(root, tmp_path / "out", tile=32, budget=0.1)
     assert refused.value.exit_code == 4
+    listed = pq.read_table(tmp_path / "out/quarantine.parquet").to_pylist()
+    assert listed == [{"tile_id": "town_1", "reason": "images/town_1 is missing", "sha256": ""}]
     assert not (tmp_path / "out/shards").exists()
 
 
