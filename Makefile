@@ -6,6 +6,7 @@
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
+BASE := $(shell command -v python3.11 || command -v python3)
 READY := $(VENV)/.raysed-ready
 
 .PHONY: active twin bench chaos test test-all check lint clean
@@ -41,7 +42,9 @@ lint: $(READY)
 	$(VENV)/bin/mypy
 
 $(READY): pyproject.toml constraints.txt
-	python3 -m venv $(VENV)
+	@$(BASE) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "raysed needs Python 3.11 or newer, $(BASE) is %d.%d: install python3.11, or give BASE=..." % sys.version_info[:2])'
+	$(BASE) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --upgrade pip
 	$(PYTHON) -m pip install --quiet -c constraints.txt -e ".[test]"
 	touch $(READY)

@@ -195,12 +195,17 @@ def test_both_arms_start_from_an_exported_model_and_only_from_that_one(small_sto
 @pytest.mark.parametrize(
     "arch", ["unet", pytest.param("efficientunet-b4", marks=pytest.mark.slow)]
 )  # b0 commits two in the test above
-def test_every_architecture_commits_a_cycle(small_store, tmp_path, arch):
-    run("train", "--data", small_store, "--run", str(tmp_path / "r"), "--cycles", "1", "--arch", arch, "--select.tiles", "4",
+def test_every_architecture_commits_a_cycle(poor_store, tmp_path, arch):
+    """Of tiles that lack a class, too: it is named and does not count in the loss."""
+    done = run("train", "--data", poor_store, "--run", str(tmp_path / "r"), "--cycles", "1", "--arch", arch, "--select.tiles", "4",
         "--optim.batch", "2", "--optim.micro-batch", "2")  # fmt: skip
     manifest = Ledger(Storage(str(tmp_path / "r"))).manifests()[0]
     assert manifest.record["steps"] == 2
     assert manifest.record["val"]["counts"]
+    notes = [line for line in done.stdout.splitlines() if line.startswith("note: class ")]
+    assert notes == [
+        "note: class water has no pixel in the training tiles and counts in validation; its loss weight is 0"
+    ]
 
 
 def test_bad_tiles_beyond_the_budget_end_the_run_with_code_4(damaged_store, tmp_path):
@@ -250,12 +255,18 @@ def test_an_unknown_flag_is_one_line_and_a_code(small_store, tmp_path):
     assert "did you mean '--cycles'?" in error_line(done)
 
 
+@pytest.fixture
+def stores(small_store, unlabelled_store):
+    return {"STORE": small_store, "POOL": unlabelled_store}
+
+
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize(
     ("argv", "code", "text"),
     [
         (["--data", "/nowhere"], 2, "no finished tile store at /nowhere"),
         (["--data", "STORE", "--select.tiles", "1000"], 2, "asks for 1000 tiles a cycle, the pool has 128"),
+        (["--data", "POOL"], 2, "the pool is empty: the store has no labelled tile in split train"),
         (["--data", "STORE", "--arch", "unett"], 2, "did you mean 'unet'?"),
         (["--data", "STORE", "--select", "reducible-loss"], 2, "give its run, --select.reference"),
         (
@@ -273,9 +284,9 @@ def test_an_unknown_flag_is_one_line_and_a_code(small_store, tmp_path):
         (["--data", "s3://key:secret@bucket/x"], 2, "must hold no credentials"),
     ],
 )
-def test_bad_input_is_one_line_and_a_code(small_store, tmp_path, monkeypatch, capsys, argv, code, text):  # noqa: PLR0917
+def test_bad_input_is_one_line_and_a_code(stores, tmp_path, monkeypatch, capsys, argv, code, text):  # noqa: PLR0917
     """In this process: what ten others would spend on imports is no part of what is tested."""
-    argv = [small_store if a == "STORE" else a for a in argv]
+    argv = [stores.get(a, a) for a in argv]
     monkeypatch.setattr(sys, "argv", ["train", "--run", str(tmp_path / "r"), *argv])
     with pytest.raises(SystemExit) as ended:
         cli.main(runpy.run_path(str(ROOT / "jobs" / "train.py"))["job"])
