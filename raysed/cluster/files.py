@@ -81,7 +81,7 @@ def launcher_lines(config: Mapping[str, Any], experiment: Experiment) -> list[Li
     """Our own rules for a file of Ray's launcher, with Ray's defaults filled in."""
     types = config["available_node_types"]
     head = config["head_node_type"]
-    lines = [commands(config), plain_secrets(config)]
+    lines = [commands(config), plain_secrets(config), scaling(config)]
     if config["provider"]["type"] == "aws":
         configs = {name: kind["node_config"] for name, kind in types.items()}
         lines += [
@@ -112,6 +112,23 @@ def launcher_lines(config: Mapping[str, Any], experiment: Experiment) -> list[Li
     return [*lines, resources(experiment, offers, config["max_workers"] + 1)]
 
 
+def scaling(config: Mapping[str, Any]) -> Line:
+    """A head that stays and trains nothing, workers that are there only while there is work."""
+    types, head = config["available_node_types"], config["head_node_type"]
+    starts = [c for c in config["head_start_ray_commands"] if "ray start" in c]
+    wrong = [
+        (types[head]["resources"].get("CPU") != 0, f"resources of {head} must have CPU: 0: work on the head ends the run with it"),
+        (any("--num-cpus=0" not in c for c in starts), "head_start_ray_commands must say --num-cpus=0, as the node type does"),
+        ("InstanceMarketOptions" in types[head]["node_config"], f"{head} must not be a spot node: the run ends with it"),
+        (bool(config["provider"].get("cache_stopped_nodes")), "provider.cache_stopped_nodes must be false: stopped nodes keep disks that cost"),
+        *((kind.get("min_workers", 0) > 0, f"min_workers of {name} must be 0: it stays and costs") for name, kind in types.items() if name != head),
+    ]  # fmt: skip
+    for broken, rule in wrong:
+        if broken:
+            return failed("scaling", rule)
+    return passed("scaling", "a head on demand without CPUs, workers from 0")
+
+
 def _each(check: str, configs: Mapping[str, Any], holds: Any, rule: str) -> Line:
     wrong = [name for name, config in configs.items() if not holds(config)]
     if wrong:
@@ -134,6 +151,13 @@ def network(config: Mapping[str, Any], configs: Mapping[str, Any]) -> Line:
         return failed(
             "network", "provider.use_internal_ips must be true: else every node gets a public address"
         )
+    open_ones = [
+        name
+        for name, c in configs.items()
+        if any(i.get("AssociatePublicIpAddress") for i in c.get("NetworkInterfaces", []))
+    ]
+    if open_ones:
+        return failed("network", f"NetworkInterfaces of {', '.join(open_ones)} ask for a public address")
     for key in ("SecurityGroupIds", "SubnetIds"):
         line = _each(
             "network",
@@ -172,7 +196,7 @@ def commands(config: Mapping[str, Any]) -> Line:
         for command in config[key]:
             if "ray start" not in command:
                 continue
-            if "RAY_AUTH_MODE=token" not in command:
+            if "RAY_AUTH_MODE=token" not in re.sub(r"(^|\s)#.*", "", command):
                 return failed(
                     "auth",
                     f"{key} must set RAY_AUTH_MODE=token before `ray start`: else whoever reaches a port runs code",
@@ -215,6 +239,7 @@ def rayjob_lines(job: Mapping[str, Any], experiment: Experiment) -> list[Line]:
         _users(pods),
         _service(head, cluster),
         _retries(spec),
+        _groups(cluster, groups),
         resources(experiment, offers),
     ]
 
@@ -245,10 +270,19 @@ def _users(pods: Mapping[str, Any]) -> Line:
     for name, pod in pods.items():
         if pod.get("spec", {}).get("securityContext", {}).get("runAsNonRoot") is not True:
             return failed("users", f"pod {name} must have securityContext {{runAsNonRoot: true}}")
+        if pod["spec"].get("hostNetwork"):
+            return failed(
+                "users", f"pod {name} must not have hostNetwork: its ports would be those of the machine"
+            )
     for name, container in _containers(pods):
-        if container.get("securityContext", {}).get("allowPrivilegeEscalation") is not False:
+        context = container.get("securityContext", {})
+        if context.get("allowPrivilegeEscalation") is not False:
             return failed(
                 "users", f"container of {name} must have securityContext {{allowPrivilegeEscalation: false}}"
+            )
+        if context.get("privileged") or context.get("runAsUser") == 0 or context.get("runAsNonRoot") is False:
+            return failed(
+                "users", f"securityContext of a container of {name} makes it root, whatever its pod says"
             )
     return passed("users", "no root")
 
@@ -266,6 +300,22 @@ def _service(head: Mapping[str, Any], cluster: Mapping[str, Any]) -> Line:
     return passed("network", "no service outside the cluster")
 
 
+def _groups(cluster: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> Line:
+    """Workers come and go, and those with GPUs are spot."""
+    if cluster.get("enableInTreeAutoscaling") is not True:
+        return failed(
+            "scaling", "rayClusterSpec must have enableInTreeAutoscaling: true: else no worker comes or goes"
+        )
+    for number, group in enumerate(groups):
+        name = group.get("groupName", f"group {number}")
+        if group.get("minReplicas", 0) > 0:
+            return failed("scaling", f"minReplicas of {name} must be 0: it stays and costs")
+        pod = group.get("template", {}).get("spec", {})
+        if _container_resources(group).get("GPU") and not (pod.get("nodeSelector") or pod.get("affinity")):
+            return failed("scaling", f"{name} has GPUs and no nodeSelector: say that it runs on spot nodes")
+    return passed("scaling", f"{len(groups)} groups from 0")
+
+
 def _retries(spec: Mapping[str, Any]) -> Line:
     if not spec.get("backoffLimit"):
         return failed(
@@ -278,8 +328,9 @@ def _retries(spec: Mapping[str, Any]) -> Line:
 
 def _containers(pods: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for name, pod in pods.items():
-        for container in pod.get("spec", {}).get("containers", []):
-            yield name, container
+        for kind in ("initContainers", "containers"):
+            for container in pod.get("spec", {}).get(kind, []):
+                yield name, container
 
 
 def _container_resources(group: Mapping[str, Any]) -> dict[str, float]:

@@ -139,9 +139,46 @@ def _inline_key(tree):
     tree["setup_commands"].append("aws configure set aws_access_key_id AKIAABCDEFGHIJKLMNOP")
 
 
+def _working_head(tree):
+    tree["available_node_types"]["head"]["resources"]["CPU"] = 4
+
+
+def _head_with_cpus(tree):
+    tree["head_start_ray_commands"] = [
+        c.replace(" --num-cpus=0", "") for c in tree["head_start_ray_commands"]
+    ]
+
+
+def _spot_head(tree):
+    types(tree)[0]["InstanceMarketOptions"] = {"MarketType": "spot"}
+
+
+def _stopped_nodes(tree):
+    tree["provider"]["cache_stopped_nodes"] = True
+
+
+def _workers_that_stay(tree):
+    tree["available_node_types"]["gpu-l4"]["min_workers"] = 2
+
+
+def _public_interface(tree):
+    types(tree)[2]["NetworkInterfaces"] = [{"DeviceIndex": 0, "AssociatePublicIpAddress": True}]
+
+
+def _token_in_a_comment(tree):
+    tree["worker_start_ray_commands"] = ["ray start --address=$RAY_HEAD_IP:6379 # RAY_AUTH_MODE=token"]
+
+
 @pytest.mark.parametrize(
     ("break_it", "check_name", "said"),
     [
+        (_working_head, "scaling", "CPU: 0"),
+        (_head_with_cpus, "scaling", "--num-cpus=0"),
+        (_spot_head, "scaling", "spot"),
+        (_stopped_nodes, "scaling", "cache_stopped_nodes"),
+        (_workers_that_stay, "scaling", "min_workers of gpu-l4"),
+        (_public_interface, "network", "public address"),
+        (_token_in_a_comment, "auth", "worker_start_ray_commands must set RAY_AUTH_MODE=token"),
         (_typo, "schema", "idle_timeout_minuets"),
         (_typo_in_type, "schema", "max_worker"),
         (_no_group, "network", "SecurityGroupIds"),
@@ -229,9 +266,51 @@ def _runtime_secret(job):
     job["spec"]["runtimeEnvYAML"] = "env_vars:\n  WANDB_API_KEY: abc"
 
 
+def _pod(job, group=1):
+    return job["spec"]["rayClusterSpec"]["workerGroupSpecs"][group]["template"]["spec"]
+
+
+def _fixed(job):
+    job["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"] = False
+
+
+def _not_spot(job):
+    for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
+        group["template"]["spec"].pop("nodeSelector", None)
+
+
+def _pods_that_stay(job):
+    job["spec"]["rayClusterSpec"]["workerGroupSpecs"][1]["minReplicas"] = 8
+
+
+def _host_network(job):
+    _pod(job)["hostNetwork"] = True
+
+
+def _root_container(job):
+    _pod(job)["containers"][0]["securityContext"] |= {"runAsUser": 0, "runAsNonRoot": False}
+
+
+def _root_before(job):
+    _pod(job)["initContainers"] = [
+        {"name": "before", "image": "busybox:1.36", "securityContext": {"privileged": True}}
+    ]
+
+
+def _latest_before(job):
+    _pod(job)["initContainers"] = [{"name": "before", "image": "busybox"}]
+
+
 @pytest.mark.parametrize(
     ("break_it", "check_name"),
     [
+        (_fixed, "scaling"),
+        (_not_spot, "scaling"),
+        (_pods_that_stay, "scaling"),
+        (_host_network, "users"),
+        (_root_container, "users"),
+        (_root_before, "users"),
+        (_latest_before, "images"),
         (_no_auth, "auth"),
         (_latest, "images"),
         (_untagged, "images"),
