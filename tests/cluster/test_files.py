@@ -2,10 +2,14 @@
 
 import copy
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -515,6 +519,60 @@ def test_only_the_head_starts_machines_and_only_its_own():
             assert statement["Condition"] == {"StringEquals": {"aws:ResourceTag/ray-cluster-name": "raysed"}}
         if "iam:PassRole" in actions:
             assert listed(statement["Resource"]) == ["arn:aws:iam::<ACCOUNT_ID>:role/raysed-worker"]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here; the nodes have it")
+def test_a_spot_notice_becomes_a_drain(tmp_path):
+    """EC2's metadata service has a stand-in, and so have `ray` and `python`; the notice comes at the second look."""
+    looks = []
+
+    class Metadata(BaseHTTPRequestHandler):
+        def do_PUT(self):
+            self.answer(200 if self.headers["X-aws-ec2-metadata-token-ttl-seconds"] else 400, b"secret")
+
+        def do_GET(self):
+            looks.append((self.path, self.headers["X-aws-ec2-metadata-token"]))
+            self.answer(200 if len(looks) > 1 else 404, b"{}")
+
+        def answer(self, status, body):
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    for name, text in (("ray", f'echo "$@" >> {tmp_path}/said'), ("python", "echo 0123abcd")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = {
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "METADATA": f"http://127.0.0.1:{server.server_port}",
+            "EVERY": "0.1",
+        }
+        subprocess.run(
+            [ROOT / "deploy/aws/spot-notice.sh", "10.0.0.1:6379"], env=environment, check=True, timeout=30
+        )
+        server.shutdown()
+    assert looks == [("/latest/meta-data/spot/instance-action", "secret")] * 2
+    said = (tmp_path / "said").read_text().split()
+    assert said[:5] == ["drain-node", "--address", "10.0.0.1:6379", "--node-id", "0123abcd"]
+    assert "DRAIN_NODE_REASON_PREEMPTION" in said
+
+
+def test_only_prepare_may_write_tiles_and_a_missing_object_is_not_a_refusal():
+    for kind, writes in (("worker", False), ("head", False), ("prepare", True)):
+        found = statements(ROOT / f"deploy/aws/{kind}-policy.json")
+        on_tiles = {
+            a for s in found for a in listed(s["Action"]) if any("tiles" in r for r in listed(s["Resource"]))
+        }
+        assert ("s3:PutObject" in on_tiles, "s3:DeleteObject" in on_tiles) == (writes, writes), kind
+        for statement in found:  # a HEAD has no prefix, and S3 answers 403 to who may not list
+            if statement["Action"] == "s3:ListBucket":
+                assert list(statement["Condition"]) == ["StringLikeIfExists"]
 
 
 def test_the_policy_allows_the_machines_of_the_file():
