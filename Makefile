@@ -33,6 +33,7 @@ test-all: check
 	$(PYTHON) -m pytest -m "ray or slow"
 
 check: $(READY) lint
+	$(PYTHON) -m pip check
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto -m "not (ray or alone or slow)"
 	$(PYTHON) -m pytest -m "alone and not slow"
 

@@ -107,6 +107,9 @@ def test_the_package_of_a_job_holds_code_and_neither_data_nor_keys(tmp_path):
         ".ssh/id_ed25519",
         ".netrc",
         "auth_token",
+        "client.p12",
+        "credentials.json",
+        "venv/bin/python",
         ".venv/bin/python",
         "jobs/sub/.env",
     ]

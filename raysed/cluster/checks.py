@@ -292,7 +292,7 @@ def token_files(nodes: Sequence[Node]) -> Line:
     """Nobody but its owner reads the token."""
     files = [(n.address, n.token) for n in nodes if n.token]
     for address, file in files:
-        if file.mode & 0o077 or file.folder_mode & 0o022:
+        if file.mode & 0o077 or file.folder_mode & 0o077:
             folder = file.path.rpartition("/")[0] or "/"
             return failed(
                 "token file",

@@ -213,7 +213,7 @@ def test_ports_of_a_machine_on_the_internet():
     assert checks.ports([only4], 8265).status == "pass"
 
 
-@pytest.mark.parametrize(("mode", "folder"), [(0o644, 0o700), (0o640, 0o700), (0o600, 0o777)])
+@pytest.mark.parametrize(("mode", "folder"), [(0o644, 0o700), (0o640, 0o700), (0o600, 0o755)])
 def test_token_file(mode, folder):
     loose = node(token=TokenFile("/home/u/.ray/auth_token", mode, folder))
     assert checks.token_files([node()]).status == "pass"
