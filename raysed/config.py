@@ -172,7 +172,8 @@ class SelectConfig:
     full otherwise.  Where half is less than the network takes, it is full."""
     reference: str | None = None
     """Run whose newest weights say what loss of a tile training cannot take away, for reducible-loss and defensive-reducible; of
-    the same architecture, and best one that has not trained on the tiles."""
+    the same architecture.  Best are two with a plus sign between, each with the regions held out that the other trains on: a tile is
+    then judged by the run that has not trained on it."""
 
     def __post_init__(self) -> None:
         _require(0 < self.fraction <= 1, f"select.fraction must lie in (0, 1], got {self.fraction}")

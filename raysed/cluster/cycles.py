@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from raysed.cluster.arms import Arm, Setup
 from raysed.cluster.connect import quiet_data
 from raysed.cluster.opencycle import SELECTED, WORK, Clock, OpenCycle, Part
-from raysed.cluster.scorekeeping import Scored, Scorekeeper
+from raysed.cluster.scorekeeping import Scored, Scorekeeper, Weights
 from raysed.cluster.stream import Row, Stream
 from raysed.core import metrics, networks
 from raysed.core.acquisition import strategy_of
@@ -67,6 +68,7 @@ from raysed.io.ledger import (
 )
 from raysed.io.model import load_init, start_from, weights_of_run
 from raysed.io.people import Request
+from raysed.io.reference import judged_by, ledgers_of
 from raysed.io.storage import Storage, digest
 from raysed.io.store import BadTile, Store, quarantine_table
 
@@ -149,6 +151,10 @@ class Worker:
         self._busy = 0.0
         """Seconds of the last cycle in which nothing was scored."""
         self.strategy = strategy_of(self.exp.select.strategy, self.exp.select.options)
+        self.leaky: int | None = None
+        """Tiles whose irreducible loss is told by a network that has trained on them."""
+        if self.rank == 0 and self._needs("irreducible"):
+            self.leaky = len(judged_by(ledgers_of(str(self.exp.select.reference)), self.pool)[1])
         if self.strategy.needs:
             self.keeper = Scorekeeper(
                 setup.scorers,
@@ -157,7 +163,7 @@ class Worker:
                 self.exp.select,
                 multiple=int(self.learner.net.multiple),  # type: ignore[arg-type]
                 taken=self.nodes,
-                reference=self._reference if self._needs("irreducible") else None,
+                reference=self._references if self._needs("irreducible") else None,
             )
             self.collects = self.keeper.collects
         self.quarantine: dict[str, BadTile] = {}
@@ -362,6 +368,7 @@ class Worker:
                 "steps": order.steps,
                 "quarantined": len(self.quarantine),
                 "estimated": len(norm.order),
+                "leaky": self.leaky,
                 "train": train,
                 "val": val,
                 "scores": scores and {k: scores[k] for k in ("tiles", "side", "entropy_mean")},
@@ -450,11 +457,22 @@ class Worker:
     def _needs(self, column: str) -> bool:
         return column in self.strategy.needs
 
-    def _reference(self) -> tuple[dict[str, np.ndarray], str]:
-        """The newest weights of the run that the experiment refers to."""
-        manifest, data = weights_of_run(Ledger(Storage(str(self.exp.select.reference))), None)
-        weights = checkpoint.unpack(data, "model.safetensors")
-        return {n: t.numpy() for n, t in weights.items()}, manifest.files["model.safetensors"]["sha256"]
+    def _references(self, ids: list[str]) -> list[tuple[list[str], Weights]]:
+        """Of the tiles, those that each run of the reference judges, and its newest weights."""
+
+        def newest(ledger: Ledger) -> tuple[dict[str, np.ndarray], str]:
+            manifest, data = weights_of_run(ledger, None)
+            weights = checkpoint.unpack(data, "model.safetensors")
+            return {n: t.numpy() for n, t in weights.items()}, manifest.files["model.safetensors"]["sha256"]
+
+        ledgers = ledgers_of(str(self.exp.select.reference))
+        rows = self.pool.filter(pc.is_in(self.pool["tile_id"], pa.array(ids, pa.string())))
+        shares, _ = judged_by(ledgers, rows)
+        return [
+            (sorted(own["tile_id"].to_pylist()), partial(newest, ledger))
+            for ledger, own in zip(ledgers, shares, strict=True)
+            if len(own)
+        ]
 
     def _weights_before(self, cycle: int) -> tuple[dict[str, np.ndarray], str]:
         """The weights that the cycle before started from: those of the cycle before that, or the initial ones."""

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import pyarrow as pa
+
 from raysed.cluster.connect import check_paths
 from raysed.cluster.scorekeeping import RECORDED
 from raysed.config import Experiment
@@ -12,6 +14,7 @@ from raysed.errors import UsageError
 from raysed.io import checkpoint, people
 from raysed.io.ledger import Ledger
 from raysed.io.model import init_notes, load_init, weights_of_run
+from raysed.io.reference import judged_by, ledgers_of
 from raysed.io.storage import Storage
 from raysed.io.store import Store
 
@@ -28,6 +31,8 @@ def check_data(experiment: Experiment, store: Store, say: Callable[[str], None])
         )
     pool = training_rows(store.index, data.held_out, unlabelled=experiment.asks_people)
     experiment.select.budget(len(pool))
+    if "irreducible" in strategy_of(experiment.select.strategy).needs:
+        check_reference(experiment, pool, say)
     if not len(validation_rows(store.index, data.validation, data.held_out)):
         raise UsageError(
             f"{store.storage.uri} has no labelled tile in split val (data.validation {data.validation}, data.held_out "
@@ -54,20 +59,31 @@ def check_data(experiment: Experiment, store: Store, say: Callable[[str], None])
             )
 
 
-def check_reference(experiment: Experiment) -> None:
-    """Prove that there is a run whose weights say what loss is irreducible."""
+def check_reference(experiment: Experiment, pool: pa.Table, say: Callable[[str], None]) -> None:
+    """Prove that there are runs whose weights say what loss is irreducible; one that has trained on the tiles is said."""
     uri = experiment.select.reference
     if uri is None:
         raise UsageError(
             f"strategy {experiment.select.strategy} compares with a network trained before: give its run, --select.reference"
         )
-    ledger = Ledger(Storage(uri))
-    other = ledger.config()[0].model.arch
-    if other != experiment.model.arch:
+    ledgers = ledgers_of(uri)
+    for ledger in ledgers:
+        other = ledger.config()[0].model.arch
+        if other != experiment.model.arch:
+            raise UsageError(
+                f"--select.reference {ledger.storage.uri} is of {other}, this run of {experiment.model.arch}: they must be alike"
+            )
+        weights_of_run(ledger, None)
+    _, leaky = judged_by(ledgers, pool)
+    if len(leaky) and len(ledgers) > 1:
         raise UsageError(
-            f"--select.reference {uri} is of {other}, this run of {experiment.model.arch}: they must be alike"
+            f"--select.reference {uri}: all these runs have trained on region {leaky['region'][0].as_py()!r}; each must hold out "
+            "(--data.held-out) what the other trains on"
         )
-    weights_of_run(ledger, None)
+    if len(leaky):
+        say(
+            f"note: leaky reference: {uri} has trained on {len(leaky)} of the {len(pool)} tiles, so what loss it leaves there is too low"
+        )
 
 
 def check_labels(experiment: Experiment, store: Store) -> None:
@@ -116,8 +132,6 @@ def check_strategy(experiment: Experiment) -> None:
             f"strategy {experiment.select.strategy} needs the scores {', '.join(sorted(missing))}, which no run records: "
             "choose another --select"
         )
-    if "irreducible" in strategy.needs:
-        check_reference(experiment)
     if "features" in strategy.needs and experiment.select.scores == "byproduct":
         raise UsageError(
             f"strategy {experiment.select.strategy} compares features of one network: select.scores must be fresh or overlapped"

@@ -17,6 +17,8 @@ from raysed.io.store import BadTile, Store
 
 Weights = Callable[[], tuple[dict[str, np.ndarray], str]]
 """A network's state dict as arrays, and its hash."""
+References = Callable[[list[str]], list[tuple[list[str], Weights]]]
+"""Of these tiles, those that each network of a reference judges, and its weights."""
 FIRST_GRACE, GRACE = 60.0, 3.0
 """Seconds that the first scorer waits for the others: when they were just made, and later, when one may have lost its node."""
 RELEASE_SECONDS = 60.0
@@ -54,7 +56,7 @@ class Scorekeeper:
         select: strategy and mode.
         multiple: side of a tile that the network takes is a multiple of this.
         taken: threads that training workers use, by node: in mode overlapped scorers leave them alone.
-        reference: the weights that say what loss is irreducible, if the strategy asks for it.
+        reference: the networks that say what loss is irreducible, if the strategy asks for it.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class Scorekeeper:
         *,
         multiple: int,
         taken: Mapping[str, int],
-        reference: Weights | None = None,
+        reference: References | None = None,
     ) -> None:
         strategy = STRATEGIES[select.strategy]
         self.scorers, self.patience, self.store = scorers, patience, store
@@ -85,7 +87,7 @@ class Scorekeeper:
         self.classes = len(store.dataset.classes)
         self.reference = reference
         self.irreducible: dict[str, float] | None = None
-        """Loss of each tile under the reference; a pass over the pool once a run, and from the ledger when it goes on."""
+        """Loss of each tile under its reference; a pass over the pool once a run, and from the ledger when it goes on."""
         self.table = ScoreTable.unknown([], self.classes)
         self.visits: tuple[list[str], np.ndarray] = ([], np.zeros((0, 3 + 2 * self.classes), np.float32))
         """Tiles of the last cycle in the order of its plan, and their rows of `uncertainty.visit_scores`."""
@@ -154,10 +156,13 @@ class Scorekeeper:
         """Find the irreducible losses, once; the number of tiles scored for that, and those that could not be read."""
         if self.irreducible is not None or self.reference is None:
             return 0, []
-        weights, version = self.reference()
-        found = self._passed(ids, weights, version, side=self.store.dataset.tile_size, loss=True)
-        self.irreducible = dict(zip(found.ids, found.loss.tolist(), strict=True))
-        return len(found.ids), found.bad
+        self.irreducible, bad = {}, []
+        for own, network in self.reference(ids):
+            weights, version = network()
+            found = self._passed(own, weights, version, side=self.store.dataset.tile_size, loss=True)
+            self.irreducible |= zip(found.ids, found.loss.tolist(), strict=True)
+            bad += found.bad
+        return len(self.irreducible), bad
 
     def begin_ahead(self, ids: list[str], now: Weights) -> None:
         """In mode overlapped: score the pool for the next cycle while this one trains."""

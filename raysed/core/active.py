@@ -200,7 +200,7 @@ def reducible_loss(
     Formula: descending loss - irreducible, the latter the tile's loss under a network that has not trained on it (or a lower
     bound of it); tiles without a visit come before all others, in random order.
     Source: RHO-loss (Mindermann et al., ICML 2022).
-    Cost: none beyond what fills the column `irreducible`; O(N log N).
+    Cost: none beyond what fills the column `irreducible` (a run or two that are trained before, and a pass); O(N log N).
     Protocol: re-selection from labelled tiles.
     """
     pool = Pool(scores, index)

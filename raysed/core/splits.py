@@ -1,7 +1,7 @@
 """Which tiles a run may train on and which it is judged by: rows of the store's index, decided by names alone."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import pyarrow as pa
@@ -65,6 +65,19 @@ def validation_rows(index: pa.Table, validation: str, held_out: str | None) -> p
         half = halves({s: r for s, r in _regions(rows).items() if s not in half}) | half
     wanted = [source for source, side in half.items() if side == validation]
     return own.filter(pc.is_in(own["source"], pa.array(wanted, pa.string())))
+
+
+def first_unseen(held_out: Sequence[str | None], regions: set[str]) -> dict[str, int]:
+    """Region -> the first run that has not trained on it; regions that all runs have trained on are missing.
+
+    Args:
+        held_out: of each run, regions with commas between.
+        regions: of the tiles.
+    """
+    unseen = [set((h or "").split(",")) for h in held_out]
+    return {
+        r: next(i for i, own in enumerate(unseen) if r in own) for r in regions if any(r in u for u in unseen)
+    }
 
 
 def _regions(rows: pa.Table) -> dict[str, str]:

@@ -70,11 +70,12 @@ def test_the_irreducible_loss_is_found_once_a_run_and_goes_on_from_the_ledger(st
         def ready(self, patience, grace, taken):
             return [], []
 
+    def references(asked: list[str]) -> list:
+        return [(asked, lambda: ({}, "reference"))]
+
     def keeper() -> Scorekeeper:
         select = SelectConfig(strategy="reducible-loss", reference="r")
-        return Scorekeeper(
-            NoScorers(), 1.0, store, select, multiple=32, taken={}, reference=lambda: ({}, "reference")
-        )
+        return Scorekeeper(NoScorers(), 1.0, store, select, multiple=32, taken={}, reference=references)
 
     monkeypatch.setattr(scorekeeping, "score_pool", score_pool)
     first, nothing = keeper(), lambda: pytest.fail("no weights are asked for")

@@ -1,7 +1,7 @@
 import pyarrow as pa
 import pytest
 
-from raysed.core.splits import halves, training_rows, validation_rows
+from raysed.core.splits import first_unseen, halves, training_rows, validation_rows
 
 
 @pytest.fixture
@@ -71,3 +71,10 @@ def test_no_source_changes_its_half_by_what_is_held_out(index, held_out):
     assert abs(both[0] - both[1]) <= 2 * 2 * len(
         held_out.split(",")
     )  # a source has two tiles, a region two kinds
+
+
+def test_a_tile_is_judged_by_the_first_run_that_has_not_trained_on_its_region():
+    regions = {"a", "b", "c"}
+    assert first_unseen(["a,b", "b,c"], regions) == {"a": 0, "b": 0, "c": 1}
+    assert first_unseen(["a", None], regions) == {"a": 0}
+    assert first_unseen([None], regions) == {}
