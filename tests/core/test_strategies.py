@@ -1,12 +1,14 @@
 import json
 import math
-from dataclasses import replace
+import textwrap
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from raysed.config import SelectConfig, fields_of
+from raysed.core import acquisition
 from raysed.core.acquisition import BETWEEN, STRATEGIES, strategy_of
 from raysed.core.active import clasp_pe, class_gap, infobatch, k_center, power_entropy, reducible_loss
 from raysed.core.defensive import defensive, difficulty
@@ -486,14 +488,18 @@ def test_the_configuration_names_every_option():
     assert {o for n in STRATEGIES for o in options_of(n)} <= words
 
 
-def test_a_strategy_of_ones_own_is_one_function():
-    shortest = replace(
-        STRATEGIES["margin"],
-        select=lambda s, i, state, k, rng: Pool(s, i).selection(np.arange(k), ["id"] * k),
-    )
-    scores, index = world()
-    assert shortest.select(scores, shuffled(index, 1), {}, 3, keyed_rng("x")).tile_ids == [
-        "t00",
-        "t01",
-        "t02",
-    ]
+def test_the_strategy_in_the_readme_runs_where_it_says():
+    """The snippet is executed as if it stood at the end of the module that the text names."""
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    text = text[text.index("A strategy of your own") :]
+    snippet = text[: text.index("\n`reads_labels`")].split("\n", 1)[1]
+    module = {**vars(acquisition), "STRATEGIES": {}}
+    exec(textwrap.dedent(snippet), module)  # our own README
+    (own,) = module["STRATEGIES"].values()
+    _, index = world()
+    chosen = own.select(None, shuffled(index, 1), HALF, 3, keyed_rng("x"))
+    share = Pool(None, index).class_shares[:, 3]
+    wanted = sorted(range(N), key=lambda i: (-share[i], i))[:3]
+    assert chosen.tile_ids == [f"t{i:02d}" for i in wanted]
+    assert own.needs_labels
+    assert not own.needs
