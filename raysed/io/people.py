@@ -62,7 +62,7 @@ def ask(run: Storage, request: Request, picks: Selection, tiles: Store, scores: 
         folder.write("scores.parquet", table_bytes(scores))
     folder.write("picks.csv", _csv(rows, picks).encode())
     folder.write("picks.geojson", json.dumps(geojson(rows, dataset.tile_size), indent=1).encode())
-    folder.write("label-studio.json", studio.tasks(picks))
+    folder.write("label-studio.json", studio.tasks(picks, folder.uri.rsplit("/", 1)[1]))
     folder.write("label-studio.xml", studio.configuration(dataset.classes))
     folder.write("request.json", (json.dumps(asdict(request), indent=1) + "\n").encode())
 

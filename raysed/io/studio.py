@@ -2,6 +2,7 @@
 
 import json
 from typing import Any
+from urllib.parse import quote
 from xml.sax.saxutils import quoteattr
 
 import cv2
@@ -15,14 +16,25 @@ from raysed.io.store import Dataset
 
 IMAGE, POLYGON, BRUSH = "image", "label", "brush"
 """Names of the tags in the configuration."""
+LOCAL = "/data/local-files/?d="
+"""Address of a file in Label Studio's document root."""
 _HEADER = 32 + 5 + 4 * 4
 """Bits before the runs of a mask."""
 
 
-def tasks(picks: Selection) -> bytes:
-    """The task file of a round's picks."""
+def tasks(picks: Selection, folder: str) -> bytes:
+    """The task file of a round's picks.
+
+    Label Studio shows files of its own machine by addresses relative to LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT, if they lie in a local
+    storage of the project, which must be below that root; relative paths it does not show.
+    Source: its guide to local storage, and label_studio/io_storages/localfiles.
+
+    Args:
+        picks: of the round.
+        folder: of the round, in the document root.
+    """
     found = [
-        {"data": {IMAGE: f"images/{t}.png", "tile_id": t, "reason": reason}}
+        {"data": {IMAGE: LOCAL + quote(f"{folder}/images/{t}.png"), "tile_id": t, "reason": reason}}
         for t, reason in zip(picks.tile_ids, picks.reasons, strict=True)
     ]
     return json.dumps(found, indent=1).encode()

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from urllib.parse import parse_qs
 from xml.etree import ElementTree
 
 import numpy as np
@@ -68,7 +69,13 @@ def test_a_request_holds_all_that_people_and_the_replay_need(tiles, tmp_path):
         ("t0", "1", "entropy 1", "0"),
     ]
     tasks = json.loads(folder.read("label-studio.json"))
-    assert tasks[0]["data"] == {"image": "images/t2.png", "tile_id": "t2", "reason": "entropy 2"}
+    assert {k: tasks[0]["data"][k] for k in ("tile_id", "reason")} == {"tile_id": "t2", "reason": "entropy 2"}
+    for task in tasks:
+        address, _, query = task["data"]["image"].partition("?")
+        assert address == "/data/local-files/"
+        (path,) = parse_qs(query)["d"]
+        shown = run.at("labelling").read(path)  # <run>/labelling is the document root
+        assert shown == folder.read(f"images/{task['data']['tile_id']}.png")
     tools = ElementTree.fromstring(folder.read("label-studio.xml"))
     assert [t.tag for t in tools] == ["Image", "PolygonLabels", "BrushLabels"]
     assert [[c.get("value") for c in t] for t in tools[1:]] == [["road & rail", "water"]] * 2
