@@ -1,5 +1,6 @@
 """What curves and counts of several runs say: pure numbers, no run directory.  Letters: T cycles, S seeds, M source images, C classes."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -66,38 +67,76 @@ def first_above(values: Sequence[float | None], threshold: float) -> int | None:
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference of two arms with its bootstrap interval."""
+    """A difference of two arms with its interval."""
 
     mean: float
     low: float
     high: float
     p: float
-    """Two-sided: twice the share of draws on the rarer side of 0; nan without an interval."""
+    """Two-sided; below 1 - confidence just where the interval is apart from 0.  Not a number without an interval, as its ends."""
 
 
-def bootstrap_over_seeds(
-    differences: Sequence[float], rng: np.random.Generator, *, draws: int = 10_000, confidence: float = 0.95
-) -> Difference:
-    """Mean of paired differences and its percentile interval over seeds alone: too narrow for few of them, and not a number for one.
+def t_within(t: float, freedom: int) -> float:
+    """Share of Student's t distribution from -t to t, by Abramowitz & Stegun 26.7.3 and 26.7.4.
+
+    Args:
+        t: not negative.
+        freedom: degrees of freedom, at least 1.
+    """
+    angle = math.atan(t / math.sqrt(freedom))
+    odd, square = freedom % 2, math.cos(angle) ** 2
+    term = total = math.cos(angle) if odd else 1.0
+    for k in range(1 + odd, freedom - 2, 2):
+        term *= square * k / (k + 1)
+        total += term
+    if not odd:
+        return math.sin(angle) * total
+    return 2 / math.pi * (angle + (math.sin(angle) * total if freedom > 1 else 0))
+
+
+def t_limit(confidence: float, freedom: int) -> float:
+    """The t of which `t_within` is the confidence, at least 0 and below 1."""
+    angle = _bisected(lambda a: t_within(math.sqrt(freedom) * math.tan(a), freedom), confidence, math.pi / 2)
+    return math.sqrt(freedom) * math.tan(angle)
+
+
+def _bisected(rising: Callable[[float], float], value: float, high: float) -> float:
+    """Where between 0 and high a rising function takes a value."""
+    low = 0.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rising(middle) < value else (low, middle)
+    return (low + high) / 2
+
+
+def _by_student(mean: float, errors: Sequence[tuple[float, int]], confidence: float) -> Difference:
+    """A mean with the standard error that each factor gives it, and the degrees of freedom of that error.
+
+    The half widths by Student's t of each factor alone, added in squares.  Where one factor has all the variance it is the exact
+    interval; in between it covers more than it says, where Satterthwaite's degrees of freedom, of 2 or 3 seeds, cover less.
+    """
+
+    def half(level: float) -> float:
+        return math.hypot(*(t_limit(level, freedom) * error for error, freedom in errors))
+
+    if not any(error for error, _ in errors):
+        return Difference(mean, mean, mean, float(mean == 0))
+    width = half(confidence)
+    return Difference(mean, mean - width, mean + width, 1 - _bisected(half, abs(mean), 1.0))
+
+
+def paired_t(differences: Sequence[float], *, confidence: float = 0.95) -> Difference:
+    """Mean of paired differences with Student's t interval; without one for a single pair.
 
     Args:
         differences: (S,) of two arms, one a seed.
-        rng: of the draws.
-        draws: number of them.
         confidence: of the interval.
     """
     values = np.asarray(differences, float)
-    if len(values) < 2:
+    n = len(values)
+    if n < 2:
         return Difference(float(values.mean()), np.nan, np.nan, np.nan)
-    means = values[rng.integers(len(values), size=(draws, len(values)))].mean(1)
-    return _difference(float(values.mean()), means, confidence)
-
-
-def _difference(mean: float, found: np.ndarray, confidence: float) -> Difference:
-    low, high = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2])
-    rarer = min((found <= 0).sum(), (found >= 0).sum())
-    p = min(1.0, 2 * (1 + rarer) / (1 + len(found)))  # itself one of the draws, so never 0
-    return Difference(mean, float(low), float(high), float(p))
+    return _by_student(float(values.mean()), [(float(values.std(ddof=1)) / math.sqrt(n), n - 1)], confidence)
 
 
 def holm(chances: Sequence[float]) -> list[float]:
@@ -123,12 +162,14 @@ def paired_bootstrap(
     draws: int = 10_000,
     confidence: float = 0.95,
 ) -> Difference:
-    """Difference of mean IoU or another score, `one` minus `other`, and its percentile interval over seeds and source images.
+    """Difference of mean IoU or another score, `one` minus `other`, and its interval over seeds and source images.
 
-    Each draw takes S seeds and M source images with replacement, the same for both arms, and the same images for every seed,
-    since all seeds are validated on the same images (the pigeonhole bootstrap of Owen, Annals of Applied Statistics 2007).  A
-    seed's counts are summed over the images before its IoU is computed, and the mean runs over seeds.  Tiles of one image stay
-    together, since they are not independent.
+    Both are factors that cross, since all seeds are validated on the same images (Owen, Annals of Applied Statistics 2007), and the
+    difference has an error of each.  That of the seeds is known from their differences.  That of the images is the deviation of draws
+    that take M of them with replacement, the same for all seeds and both arms; a seed's counts are summed over the images before
+    its IoU is computed, and tiles of one image stay together, since they are not independent.  Such draws understate the variance
+    by (M - 1) / M, which is made good.  What seed and image have together counts in both errors.  One seed leaves the images
+    alone; a single image has no interval.
 
     Args:
         one, other: (S, M, ..., C, C) pixel counts, row = truth; the same seeds and images in the same order.  Axes between, such
@@ -153,15 +194,20 @@ def paired_bootstrap(
         found = score(summed).reshape(len(times), 2, seeds, -1).mean(-1)
         return found[:, 0] - found[:, 1]
 
+    by_seed = differences(np.ones((1, sources)))[0]
+    mean = float(by_seed.mean())
+    if sources < 2:
+        return Difference(mean, np.nan, np.nan, np.nan)
     found = []
     chunk = max(1, int(_CHUNK_BYTES / (16 * seeds * np.prod(rest))))
     for start in range(0, draws, chunk):
-        size = min(chunk, draws - start)
-        seed_times = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size)
-        source_times = rng.multinomial(sources, np.full(sources, 1 / sources), size)
-        found.append((differences(source_times.astype(float)) * seed_times).sum(1) / seeds)
-    mean = float(differences(np.ones((1, sources))).mean())
-    return _difference(mean, np.concatenate(found), confidence)
+        times = rng.multinomial(sources, np.full(sources, 1 / sources), min(chunk, draws - start))
+        found.append(differences(times.astype(float)).mean(1))
+    spread = float(np.concatenate(found).std())
+    errors = [(spread * math.sqrt(sources / (sources - 1)), sources - 1)]
+    if seeds > 1:
+        errors.append((float(by_seed.std(ddof=1)) / math.sqrt(seeds), seeds - 1))
+    return _by_student(mean, errors, confidence)
 
 
 def mean_iou(counts: np.ndarray) -> np.ndarray:

@@ -16,7 +16,6 @@ from raysed.core.randomness import keyed_rng
 from raysed.core.statistics import (
     LAST,
     aulc_between,
-    bootstrap_over_seeds,
     first_above,
     fluctuation,
     holm,
@@ -24,6 +23,7 @@ from raysed.core.statistics import (
     mean_iou,
     mean_of_last,
     paired_bootstrap,
+    paired_t,
     worst_iou,
 )
 from raysed.errors import UsageError
@@ -56,8 +56,8 @@ visit counts 3, a scored tile 1, less at smaller side; validation is alike for a
 select.reference names); by seconds of whole cycles; by labels bought, of runs that buy them, at the end of each
 round.  fluctuation is the standard deviation of the change of miou from cycle to cycle in the second half. time_ratio is the
 median warm cycle's seconds over that of the best passive arm.  Differences are to the best passive arm, paired by seed;
-brackets hold 95 % bootstrap intervals, of miou, worst_class and cv over seeds and source images, of the others over seeds
-alone: both are too narrow for few seeds, and one seed leaves the images.  The best passive arm was picked by the same numbers,
+brackets hold 95 % intervals by Student's t: of miou, worst_class and cv over seeds and source images, whose error is a
+bootstrap's, or over images alone where there is one seed; of the others over seeds, and none of one seed.  The best passive arm was picked by the same numbers,
 of the seeds that all passive arms have, which favours it.  A win is alone if its interval is apart from 0 and its p, corrected
 for the number of competing arms by Holm's steps, is not below {LEVEL}."""
 
@@ -289,8 +289,9 @@ def _row(arm: Judged, best: Judged, metric: str, values: dict[str, dict[int, Any
         paired = [own[s] - other[s][metric] for s in both]
         if not paired:
             return row
-        found = bootstrap_over_seeds(paired, rng, draws=DRAWS)
-        row["interval"] = "seeds"
+        found = paired_t(paired)
+        row["interval"] = "seeds" if len(paired) > 1 else None
+        row["p"] = found.p if len(paired) > 1 else None
     row["minus_best_passive"] = found.mean
     if np.isfinite(found.low):
         row["ci_low"], row["ci_high"] = found.low, found.high

@@ -10,7 +10,6 @@ from raysed.core.randomness import keyed_rng
 from raysed.core.statistics import (
     aulc,
     aulc_between,
-    bootstrap_over_seeds,
     first_above,
     fluctuation,
     holm,
@@ -18,6 +17,9 @@ from raysed.core.statistics import (
     mean_iou,
     mean_of_last,
     paired_bootstrap,
+    paired_t,
+    t_limit,
+    t_within,
     worst_iou,
 )
 
@@ -98,10 +100,36 @@ def test_the_bootstrap_interval_is_the_analytic_one():
     seeds, sources = rng.integers(-8, 12, 20), rng.integers(-15, 16, 60)
     got = paired_bootstrap(*additive(seeds.tolist(), sources.tolist()), keyed_rng("b"), draws=4000)
     mean = (seeds.mean() + sources.mean()) / 100
-    half = 1.96 * math.sqrt(seeds.var() / 20 + sources.var() / 60) / 100
+    half = math.hypot(2.0930 * seeds.std(ddof=1) / math.sqrt(20), 2.0010 * sources.std(ddof=1) / math.sqrt(60)) / 100  # fmt: skip
     assert got.mean == pytest.approx(mean)
-    assert got.low == pytest.approx(mean - half, abs=0.12 * half)
-    assert got.high == pytest.approx(mean + half, abs=0.12 * half)
+    assert got.low == pytest.approx(mean - half, abs=0.03 * half)
+    assert got.high == pytest.approx(mean + half, abs=0.03 * half)
+
+
+def percentile_interval(values: np.ndarray, rng: np.random.Generator, draws: int) -> np.ndarray:
+    """Ends of the plain bootstrap's interval over seeds and images, of (S, M) differences."""
+    times = [rng.multinomial(n, np.full(n, 1 / n), draws) / n for n in values.shape]
+    return np.quantile(((times[0] @ values) * times[1]).sum(1), [0.025, 0.975])
+
+
+@pytest.mark.parametrize("seeds", [3, 8])
+def test_intervals_of_few_seeds_hold_the_truth_as_often_as_they_say(seeds):
+    """Random effects of seeds, of 14 images, and of both together; the truth is 0."""
+    trials, images, draws = 300, 14, 100
+    rng = keyed_rng("coverage", seeds)
+    plain = ours = 0
+    for _ in range(trials):
+        effects = (
+            2.0 * rng.normal(size=(seeds, 1)) + rng.normal(size=images) + rng.normal(size=(seeds, images))
+        )
+        low, high = percentile_interval(effects, rng, draws)
+        plain += low <= 0 <= high
+        counts = np.zeros((2, seeds, images, 1, 1))
+        counts[0, ..., 0, 0] = effects
+        got = paired_bootstrap(*counts, rng, statistic=lambda c: c[..., 0, 0] / images, draws=draws)
+        ours += got.low <= 0 <= got.high
+    assert ours / trials >= 0.93
+    assert plain / trials < (0.8 if seeds == 3 else 0.91)
 
 
 def test_the_bootstrap_is_paired_seeded_and_of_the_mean_iou():
@@ -148,16 +176,24 @@ def test_the_bootstrap_takes_other_scores_and_the_mean_over_cycles():
 
 
 def test_the_p_of_a_difference_goes_with_its_interval():
-    """Near the exact chance on additive counts, where the difference is normal."""
     for mean in (0.0, 3.0, 9.0):
         rng = keyed_rng("p", int(mean))
         seeds, sources = rng.normal(mean, 4, 20).round(), rng.normal(0, 4, 60).round()
-        got = paired_bootstrap(*additive(seeds.tolist(), sources.tolist()), keyed_rng("b"), draws=4000)
-        z = (seeds.mean() + sources.mean()) / math.sqrt(seeds.var() / 20 + sources.var() / 60)
-        assert got.p == pytest.approx(math.erfc(abs(z) / math.sqrt(2)), abs=0.05)
+        counts = additive(seeds.tolist(), sources.tolist())
+        got = paired_bootstrap(*counts, keyed_rng("b"), draws=500)
         assert (got.p < 0.05) == (got.low > 0 or got.high < 0)
+        at_edge = paired_bootstrap(*counts, keyed_rng("b"), draws=500, confidence=1 - got.p)
+        assert min(abs(at_edge.low), abs(at_edge.high)) < 1e-9
     same = additive([1, 2, 3], [0, 0, 0])[0]
     assert paired_bootstrap(same, same, keyed_rng("b"), draws=50).p == 1
+
+
+def test_student_s_t_is_that_of_the_tables():
+    found = [t_limit(0.95, n) for n in (1, 2, 3, 7, 10, 30, 120)]
+    assert found == pytest.approx([12.7062, 4.3027, 3.1824, 2.3646, 2.2281, 2.0423, 1.9799], abs=1e-4)
+    assert t_limit(0.99, 5) == pytest.approx(4.0321, abs=1e-4)
+    assert t_within(2.0, 4) == pytest.approx(0.88388, abs=1e-5)
+    assert t_within(0, 3) == 0
 
 
 def test_holm_by_hand():
@@ -167,7 +203,20 @@ def test_holm_by_hand():
     assert holm([]) == []
 
 
-def test_an_interval_over_seeds_needs_two_of_them():
-    got = bootstrap_over_seeds([0.1, 0.2, 0.4, 0.5], keyed_rng("b"))
-    assert 0.1 < got.low < 0.2 < got.mean < 0.4 < got.high < 0.5
-    assert math.isnan(bootstrap_over_seeds([0.1], keyed_rng("b")).low)
+def test_an_interval_over_seeds_is_student_s_and_needs_two_of_them():
+    values = [0.1, 0.2, 0.4, 0.5]
+    got = paired_t(values)
+    half = 3.1824 * np.std(values, ddof=1) / 2
+    assert (got.mean, got.low, got.high) == pytest.approx((0.3, 0.3 - half, 0.3 + half), abs=1e-5)
+    assert got.p == pytest.approx(1 - t_within(0.3 / (half / 3.1824), 3), abs=1e-6)
+    assert paired_t([0.0, 0.0]).p == 1
+    assert math.isnan(paired_t([0.1]).low)
+    assert math.isnan(paired_t([0.1]).p)
+
+
+def test_one_seed_has_an_interval_over_images_and_one_image_none():
+    one, other = additive([3], [1, 5, 9, 2])
+    got = paired_bootstrap(one, other, keyed_rng("b"), draws=4000)
+    half = 3.1824 * np.std([1, 5, 9, 2], ddof=1) / 2 / 100
+    assert got.high - got.mean == pytest.approx(half, rel=0.05)
+    assert math.isnan(paired_bootstrap(*additive([3, 4], [1]), keyed_rng("b"), draws=9).low)
