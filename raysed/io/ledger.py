@@ -9,6 +9,7 @@ cycle_0007/by_02_01/        the same files where the first lease's first workers
 cycle_0007/manifest.json    sizes and hashes of the files, metrics, seconds: written last and only once, the commit
 cycle_0007/step_000120/     a commit inside the cycle, of the same kind; gone when the cycle is committed
 quarantine.parquet          tiles that could not be used, why, and their sha256, found and in the index; none if all were good
+diverged.json               where training diverged last, and on which tiles; none if it never did
 cycles.jsonl summary.json tensorboard/ report.html     derived from the manifests, can be rebuilt
 """
 
@@ -313,6 +314,15 @@ class Ledger:
         """`cycles.jsonl`: one line a committed cycle."""
         lines = [json.dumps({"cycle": m.cycle, **m.record}) + "\n" for m in manifests]
         self.storage.write("cycles.jsonl", "".join(lines).encode())
+
+    def diverged(self) -> dict[str, Any] | None:
+        """cycle and steps (first, end) in which training diverged last, of a run that may have gone back and come through since;
+        None if it never did."""
+        try:
+            found = json.loads(self.storage.read("diverged.json"))
+        except FileNotFoundError:
+            return None
+        return {k: found[k] for k in ("cycle", "steps")}
 
     def _fence(self) -> None:
         if self.epoch is None or _newest_lease(self.storage) > self.epoch:

@@ -32,8 +32,8 @@ class RunFile:
     """Of the experiment, such as b0-active."""
     seed: int
     facts: dict[str, Any]
-    """config, config_hash, data {name, hash, train, val, tile_size}, environment, device, precision, workers, threads; after the
-    last cycle also, of a comparison, network {parameters, forward_ms, ...} and robustness {condition: scores}, of the evidence,
+    """config, config_hash, data {name, hash, train, val, tile_size}, environment, device, precision, workers, threads; diverged, if
+    it has (see `Ledger.diverged`); after the last cycle also, of a comparison, network {parameters, forward_ms, ...} and robustness {condition: scores}, of the evidence,
     replay (what does not verify), picks (see `picks_of`) and sources {names, counts}: (T, M, C, C) of the last T cycles."""
     cycles: list[Manifest] = field(default_factory=list)
     """With no files but the digest of the manifest itself."""
@@ -41,6 +41,11 @@ class RunFile:
     @property
     def path(self) -> str:
         return file_of(self.name, self.seed)
+
+    @property
+    def ended_diverged(self) -> bool:
+        """Whether the run ended in a cycle whose training diverged; it may have gone back and come through, too."""
+        return "diverged" in self.facts and self.facts["diverged"]["cycle"] >= len(self.cycles)
 
     def is_finished(self, experiment: Experiment, last: str = "robustness") -> bool:
         """Whether this is all of that experiment.
@@ -131,6 +136,8 @@ def collect(run: Storage, name: str, seed: int, store: Store, *, evidence: bool 
     if manifests:
         record = manifests[-1].record
         facts |= {k: record[k] for k in ("environment", "device", "precision", "workers", "threads")}
+    if diverged := ledger.diverged():
+        facts["diverged"] = diverged
     if len(manifests) >= experiment.cycles and evidence:
         facts["picks"] = picks_of(ledger, manifests, store, experiment)
         facts["sources"] = sources_of(ledger, manifests)
@@ -159,14 +166,19 @@ def picks_of(
 ) -> dict[str, Any]:
     """What a run selected: coverage after each cycle, repeats, shares of classes and regions in its picks and in the pool, and how
     ambiguous both are.
+
+    A run that buys labels picks what it buys: coverage and repeats are of its rounds, and the shares leave out the first, which is
+    by chance.
     """
     pool = training_rows(store.index, experiment.data.held_out)
     names = [c.name for c in store.dataset.classes]
-    cycles = [ledger.table(m, "selected.parquet")["tile_id"].to_pylist() for m in manifests]
-    every = [t for ids in cycles for t in ids]
+    table = "bought.parquet" if experiment.buys_labels else "selected.parquet"
+    picks = [ledger.table(m, table)["tile_id"].to_pylist() for m in manifests if table in m.files]
+    by_strategy = (picks[1:] or picks) if experiment.buys_labels else picks
+    every = [t for ids in by_strategy for t in ids]
     return {
-        "coverage": [round(c, 4) for c in diagnostics.coverage(cycles, len(pool))],
-        "repeats": [round(r, 4) for r in diagnostics.repeats(cycles)],
+        "coverage": [round(c, 4) for c in diagnostics.coverage(picks, len(pool))],
+        "repeats": [round(r, 4) for r in diagnostics.repeats(picks)],
         "classes": diagnostics.class_shares(pool, names, every),
         "pool_classes": diagnostics.class_shares(pool, names),
         "regions": diagnostics.region_shares(pool, every),

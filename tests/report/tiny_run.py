@@ -91,18 +91,21 @@ def write_arm(run: Storage, experiment: Experiment, tiles: Store, cycles: int = 
     ledger.open(experiment, tiles.dataset.content_hash)
     weights = pack(build(ARCH, 3, experiment.seed).state_dict())
     index = tiles.split("train")
-    strategy = experiment.select.strategy
+    strategy, state = experiment.select.strategy, {}
     for cycle in range(cycles):
         files, table = {}, None
         if strategy == "entropy":
             entropy = np.random.default_rng([experiment.seed, cycle]).random(len(index))
             table = pa.table({"tile_id": index["tile_id"], "entropy": entropy})
             files["scores.parquet"] = table_bytes(table)
-        chosen = choose(experiment, cycle, scores=table, index=index, state={}, excluded=set())
+        chosen = choose(experiment, cycle, scores=table, index=index, state=state, excluded=set())
+        state = chosen.state
         files |= {
             "selected.parquet": table_bytes(selection_table(chosen)),
-            "state.json": json.dumps({"strategy": {}, "excluded": [], "quarantine": []}).encode(),
+            "state.json": json.dumps({"strategy": state, "excluded": [], "quarantine": []}).encode(),
         }
+        if chosen.bought:
+            files["bought.parquet"] = table_bytes(selection_table(chosen.bought))
         files["model.safetensors"] = weights
         made = record(strategy, cycle, len(chosen.tile_ids)) | {
             "config_hash": config_hash(experiment),
