@@ -13,16 +13,9 @@ from raysed.errors import UsageError
 from raysed.io.ledger import Manifest
 from raysed.io.storage import Storage
 from raysed.report import runfile
-from raysed.report.evidence import (
-    METRICS,
-    by_labels,
-    curve,
-    goal,
-    summary_rows,
-    verdict,
-    write_evidence,
-)
 from raysed.report.evidence import read_arms as read
+from raysed.report.evidence import write_evidence
+from raysed.report.judging import METRICS, by_labels, curve, goal, summary_rows, verdict
 from raysed.report.runfile import RunFile
 
 CYCLES, SOURCES, NAMES = 12, 6, ["road", "tree", "water"]
@@ -55,7 +48,7 @@ def run_file(arm: str, seed: int, cycles: int = CYCLES) -> RunFile:
             "train": {"loss": 1.0},
             "val": {"loss": 1.0, "soft_iou": 0.1, **scores(counts.sum(0), NAMES)},
             "scores": {"tiles": 10, "side": 32, "entropy_mean": 1.0} if arm == "defensive" else None,
-            "seconds": {"total": tiles / 10 + (0.1 if arm == "defensive" else 0)},
+            "seconds": {"total": tiles / 10 + (0.09 if arm == "defensive" else 0)},
         }
         manifests.append(Manifest(t, {"manifest.json": {"sha256": f"{t:064d}", "bytes": 0}}, record))
     picks = {
@@ -112,6 +105,7 @@ def test_a_clear_win_is_one_against_the_best_passive_arm(results):
     assert found["epoch-queue", "miou"]["minus_best_passive"] is None
     assert found["ceiling", "time_ratio"]["mean"] == pytest.approx(5)
     assert all(goal(rows, "defensive").values())
+    assert next(iter(goal(rows, "defensive"))) == "miou better"
     assert "| defensive | better |" in text
     assert not next(iter(goal(rows, "uniform").values()))
     assert results.read("curves.svg").startswith(b"<svg")
@@ -206,14 +200,136 @@ def test_runs_judged_by_other_images_are_not_compared(results):
         read(results, KINDS, FILES)
 
 
-def test_a_win_is_corrected_for_the_number_of_arms(results):
-    rows = summary_rows(read(results, KINDS, FILES), "dev")
-    found = {r["arm"]: r for r in rows if r["metric"] == "miou"}
-    assert [found[a]["p_holm"] for a in ("epoch-queue", "ceiling")] == [None, None]
-    assert found["defensive"]["p"] <= found["defensive"]["p_holm"] <= 2 * found["defensive"]["p"]
-    ours = found["defensive"]
+def test_a_win_is_corrected_for_the_number_of_active_arms_tested_or_not(results):
+    kinds = {**KINDS, "margin": "active", "entropy": "active"}  # these two have no result files
+    rows = summary_rows(read(results, kinds, {n: n for n in kinds}), "dev")
+    for metric in ("miou", "aulc_compute", "aulc_tiles", "fluctuation"):
+        found = {r["arm"]: r for r in rows if r["metric"] == metric}
+        assert [found[a]["p_holm"] for a in ("uniform", "ceiling", "entropy")] == [None] * 3
+        assert found["uniform"]["p"] is not None  # passive arms do not compete
+        assert found["entropy"]["p"] is None
+        assert found["defensive"]["p_holm"] == pytest.approx(min(1, 3 * found["defensive"]["p"]))
+        assert verdict(found["entropy"]) == "not tested"
+    ours = next(r for r in rows if (r["arm"], r["metric"]) == ("defensive", "miou"))
     assert verdict({**ours, "p_holm": 0.051}) == "better alone"
     assert verdict({**ours, "p_holm": 0.049}) == "better"
+    assert verdict({**ours, "interval": "sources"}) == "better, on one seed"
+
+
+def section(text: str, title: str) -> list[str]:
+    """Lines of the section whose heading begins so."""
+    return text.split(f"## {title}", 1)[1].split("\n## ", 1)[0].splitlines()
+
+
+def test_the_registered_metric_alone_gives_the_verdict(results):
+    """Worse by the worst class, which is registered, whatever the arm wins by other metrics."""
+    for seed in (0, 1, 2):
+        found = run_file("defensive", seed)
+        for m in found.cycles:
+            m.record["val"]["iou_worst"] /= 2
+        counts = np.array(found.facts["sources"]["counts"])
+        counts[..., 0, 1] += 60 * counts[..., 0, 0]
+        found.facts["sources"]["counts"] = counts.tolist()
+        results.write(found.path, found.to_bytes())
+    text = write_evidence(results, KINDS, FILES, "report", primary="worst_class")
+    rows = json.loads(results.read("summary.json"))
+    assert {r["role"] for r in rows if r["metric"] == "worst_class"} == {"primary"}
+    assert {r["role"] for r in rows if r["metric"] != "worst_class"} == {"secondary"}
+    lines = section(text, "Verdict on worst_class, the primary metric as registered: 1 competing arms")
+    verdicts = [line for line in lines if line.startswith("| defensive")]
+    assert len(verdicts) == 1
+    assert verdicts[0].endswith("| worse |")
+    assert not [line for line in lines if line.startswith(("| uniform", "| ceiling"))]
+    assert goal(rows, "defensive")["worst_class better"] is False
+    assert "aulc_tiles (secondary)" in text
+    assert "## Exploratory" not in text
+
+
+def test_without_a_registered_metric_all_is_exploratory(results):
+    text = write_evidence(results, KINDS, FILES, "dev")
+    assert {r["role"] for r in json.loads(results.read("summary.json"))} == {"exploratory"}
+    assert "## Exploratory" in text
+    assert "## Verdict" not in text
+
+
+def test_only_the_registered_seeds_count(results):
+    write_evidence(results, KINDS, FILES, "report", primary="miou", seeds=[0, 2])
+    rows = json.loads(results.read("summary.json"))
+    assert {tuple(r["seeds"]) for r in rows if r["metric"] == "miou"} == {(0, 2)}
+
+
+def test_time_counts_every_cycle_and_the_first_with_its_scoring(results):
+    for seed in (0, 1, 2):
+        found = run_file("defensive", seed)
+        found.cycles[0].record["seconds"]["total"] += 12
+        results.write(found.path, found.to_bytes())
+    rows = summary_rows(read(results, KINDS, FILES), "dev")
+    found = {r["metric"]: r["mean"] for r in rows if r["arm"] == "defensive"}
+    assert found["time_ratio_warm"] == pytest.approx(2.09 / 2)
+    assert found["time_ratio"] == pytest.approx((2.09 * CYCLES + 12) / (2 * CYCLES))
+    assert goal(rows, "defensive")["time at most 1.05 times"] is False
+
+
+def diverge(results: Storage, arm: str, seed: int, cycle: int) -> None:
+    """Make a run one that ended in a cycle, diverged."""
+    found = run_file("defensive", seed, cycle)
+    facts = {k: v for k, v in found.facts.items() if k not in ("picks", "sources", "replay")}
+    found = replace(found, name=arm, facts={**facts, "diverged": {"cycle": cycle, "steps": [0, 4]}})
+    results.write(found.path, found.to_bytes())
+
+
+def test_an_arm_of_which_a_seed_diverged_says_so_and_is_not_tested(results):
+    diverge(results, "defensive", 1, 4)
+    text = write_evidence(results, KINDS, FILES, "report", primary="miou", seeds=[0, 1, 2])
+    rows = {(r["arm"], r["metric"]): r for r in json.loads(results.read("summary.json"))}
+    ours = rows["defensive", "miou"]
+    assert (ours["seeds"], ours["diverged"]) == ([0, 2], [1])
+    assert (ours["ci_low"], ours["ci_high"], ours["p"]) == (None, None, None)
+    assert rows["uniform", "miou"]["diverged"] == []
+    for title in ("Result", "Difference", "Wins", "Verdict", "IoU by class", "Selections"):
+        assert "defensive (diverged: seed 1)" in "\n".join(section(text, title))
+    assert "| active | 2 of 3 |" in text
+    assert "| defensive (diverged: seed 1) | +" in text
+    assert "| not tested, diverged |" in "\n".join(section(text, "Verdict"))
+    assert "| defensive | 1 | 5 | ended there |" in section(text, "Runs whose training diverged")
+    told = [r for r in json.loads(results.read("runs.json")) if "diverged" in r]
+    assert [(r["arm"], r["seed"], r["diverged"]["cycle"], r["cycles"]) for r in told] == [
+        ("defensive", 1, 4, 4)
+    ]
+
+
+def test_an_arm_of_which_every_seed_diverged_still_counts_as_one(results):
+    kinds = {**KINDS, "margin": "active"}
+    for seed in (0, 1, 2):
+        diverge(results, "margin", seed, 2)
+    write_evidence(results, kinds, {n: n for n in kinds}, "dev")
+    rows = {(r["arm"], r["metric"]): r for r in json.loads(results.read("summary.json"))}
+    assert rows["margin", "miou"]["mean"] is None
+    assert verdict(rows["margin", "miou"]) == "not tested, diverged"
+    ours = rows["defensive", "miou"]
+    assert ours["p_holm"] == pytest.approx(2 * ours["p"])
+
+
+def test_a_run_that_went_back_and_came_through_is_listed_and_counts(results):
+    found = run_file("defensive", 2)
+    found.facts["diverged"] = {"cycle": 3, "steps": [0, 4]}
+    results.write(found.path, found.to_bytes())
+    text = write_evidence(results, KINDS, FILES, "dev")
+    assert "went back to the last commit" in "\n".join(section(text, "Runs whose training diverged"))
+    rows = {(r["arm"], r["metric"]): r for r in json.loads(results.read("summary.json"))}
+    assert rows["defensive", "miou"]["seeds"] == [0, 1, 2]
+    assert rows["defensive", "miou"]["p"] is not None
+
+
+def test_a_passive_arm_of_which_a_seed_diverged_is_nothing_to_judge_by(results):
+    diverge(results, "epoch-queue", 0, 4)
+    rows = summary_rows(read(results, KINDS, FILES), "dev")
+    assert {r["best_passive"] for r in rows} == {"uniform"}
+    diverge(results, "uniform", 2, 4)
+    with pytest.raises(
+        UsageError, match=r"no passive arm to judge by that came through: uniform \(diverged: seed 2\)"
+    ):
+        read(results, KINDS, FILES)
 
 
 def test_without_a_passive_arm_there_is_nothing_to_judge_by(tmp_path):
@@ -242,6 +358,29 @@ def test_labels_count_at_the_end_of_each_round(tmp_path):
     assert rows["ceiling", "aulc_labels"]["mean"] is None
     assert rows["uniform", "aulc_labels"]["mean"] == pytest.approx(np.trapezoid(miou, labels) / 30)
     assert "labels bought" in storage.read("curves.svg").decode()
+    assert "miou@40" in "\n".join(
+        section(storage.read("tables.md").decode(), "miou at the end of each round")
+    )
+
+
+def test_miou_at_each_budget_is_that_of_the_end_of_its_round(tmp_path):
+    storage = Storage(str(tmp_path))
+    for arm in ("ceiling", "uniform", "defensive"):
+        for seed in (0, 1):
+            found = run_file(arm, seed)
+            if arm != "ceiling":
+                for m in found.cycles:
+                    m.record["labelled"] = 10 * (1 + m.cycle // 3)
+                found.facts["config"]["select"]["protocol"] = "pool"
+            storage.write(found.path, found.to_bytes())
+    rows = summary_rows(read(storage, KINDS, FILES), "dev")
+    found = {(r["arm"], r["metric"]): r for r in rows if r["metric"].startswith("miou@")}
+    assert {m for _, m in found} == {"miou@10", "miou@20", "miou@30", "miou@40"}
+    assert {a for a, _ in found} == {"uniform", "defensive"}
+    at = [scores(counts_of("defensive", s, 5).sum(0), NAMES)["miou"] for s in (0, 1)]
+    assert found["defensive", "miou@20"]["mean"] == pytest.approx(np.mean(at))
+    assert found["defensive", "miou@20"]["sd"] == pytest.approx(np.std(at, ddof=1))
+    assert found["defensive", "miou@20"]["p"] is not None
 
 
 def run_file_of(storage: Storage, arm: str) -> RunFile:
