@@ -12,15 +12,19 @@ from raysed.compare import run_all, seeds_of
 from raysed.config import Experiment, with_overrides
 from raysed.core.acquisition import STRATEGIES, strategy_of
 from raysed.errors import EXIT_INTERRUPTED, UsageError
+from raysed.io.ledger import config_hash
 from raysed.io.provenance import is_committed
 from raysed.io.storage import Storage
 from raysed.io.store import Store
 from raysed.report import runfile
-from raysed.report.evidence import METRICS, write_evidence
+from raysed.report.evidence import renew_combined, write_evidence
+from raysed.report.judging import TESTED
 from raysed.runs import say, with_data
 
 OWN = ("select.strategy", "select.options", "seed", "baseline", "data.validation")
 """Fields that arms, seeds and split fix."""
+SHARED = ("run", "seed", "baseline", "data.validation", "select.strategy", "model.init")
+"""Fields that no arm may have of its own: it would be another arm than its name says, or start from other weights."""
 CEILING = "ceiling"
 """Arm that trains on all tiles in every cycle: what there is to win, at several times the compute."""
 RIVALS = ("infobatch",)
@@ -76,7 +80,7 @@ def arms_of(text: str) -> list[EvidenceArm]:
     """The arms of --arms.
 
     Raises:
-        UsageError: an unknown strategy, a field without a value, or the same arm twice.
+        UsageError: an unknown strategy, a field without a value or that no arm may have, or the same arm twice.
     """
     arms = []
     for name in text.split(","):
@@ -85,6 +89,10 @@ def arms_of(text: str) -> list[EvidenceArm]:
             raise UsageError(f"--arms takes {CEILING}, {', '.join(STRATEGIES)}, got {strategy!r}")
         if bad := [f for f in rest if "=" not in f]:
             raise UsageError(f"--arms: {name!r} must be strategy[:field=value], {bad[0]!r} has no value")
+        if fixed := [f for f in rest if f.split("=", 1)[0] in SHARED]:
+            raise UsageError(
+                f"--arms: {name!r} must not have {fixed[0]!r}: it is the same for all arms, or their strategy"
+            )
         arms.append(EvidenceArm(name, strategy, dict(f.split("=", 1) for f in rest)))
     if len({a.file for a in arms}) < len(arms):
         raise UsageError(f"--arms names an arm twice: {text}")
@@ -98,17 +106,26 @@ def evidence(doc: str | None, argv: Sequence[str]) -> int:
     parser.add_argument("--seeds", default="0", metavar="N,N", help="seeds of every arm (default: 0)")
     parser.add_argument("--split", choices=("dev", "report"), default="dev", help="half of the validation images that counts (default: dev)")  # fmt: skip
     parser.add_argument("--results", metavar="URI", help="folder of result files, tables and figures (default: results/evidence/DATA-SPLIT)")  # fmt: skip
-    parser.add_argument("--preregistration", default=PREREGISTRATION, metavar="FILE", help="committed JSON of primary, arms, seeds, cycles, without which the report half is not read (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--preregistration", default=PREREGISTRATION, metavar="FILE", help="committed JSON of primary metric, arms, seeds, cycles, configuration and data set, without which the report half is not read; the refusal prints it (default: %(default)s)")  # fmt: skip
     args = parser.parse(argv)
     for name in OWN:
         if getattr(args, name) is not None:
             raise UsageError(f"{name} is fixed by --arms, --seeds and --split")
+    if getattr(args, "model.init") is not None:
+        raise UsageError(
+            "--init is for jobs/train.py and jobs/active.py: all arms of a seed start from the weights that follow from it"
+        )
     arms, seeds = arms_of(args.arms), seeds_of(args.seeds)
     base, preset = cli.parse_experiment(args, Experiment())
-    if args.split == "report":
-        check_registered(Path(args.preregistration), arms, seeds, base.cycles)
+    if base.model.init is not None:
+        raise UsageError(
+            f"--config {args.config} has model.init: all arms of a seed start from the weights that follow from it"
+        )
     base = with_data(base, preset)
     store = Store.open(str(base.data.uri))
+    primary = None
+    if args.split == "report":
+        primary = check_registered(Path(args.preregistration), asked_for(arms, seeds, base, store))
     root = Storage(base.run or f"runs/evidence-{store.dataset.name}-{args.split}")
     results = Storage(args.results or f"results/evidence/{store.dataset.name}-{args.split}")
     say(f"runs {root.uri}  data {base.data.uri}  results {results.uri}")
@@ -116,11 +133,11 @@ def evidence(doc: str | None, argv: Sequence[str]) -> int:
     code = run_all(runs, args, results, store, evidence=True)
     if args.dry_run or code in EXIT_INTERRUPTED.values():
         return code
-    if code and args.split == "report":
-        say("the report half is read once, when all its runs are finished")
-        return code
     kinds, files = {a.name: a.kind for a in arms}, {a.name: a.file for a in arms}
-    say("\n" + write_evidence(results, kinds, files, args.split))
+    counted = seeds if args.split == "report" else None
+    say("\n" + write_evidence(results, kinds, files, args.split, primary=primary, seeds=counted))
+    if combined := renew_combined(results):
+        say(f"all folders  {combined}")
     return code
 
 
@@ -134,26 +151,55 @@ def plan(
             yield arm, arm.experiment(base, run, seed, split)
 
 
-def check_registered(path: Path, arms: Sequence[EvidenceArm], seeds: Sequence[int], cycles: int) -> None:
-    """Prove that what is about to be read was said before, and committed.
+def asked_for(
+    arms: Sequence[EvidenceArm], seeds: Sequence[int], base: Experiment, store: Store
+) -> dict[str, Any]:
+    """What a plan must register before these arms and seeds are read on the report half, besides the primary metric: config is the
+    hash of what all arms share, data the content hash of the store.
+    """
+    neutral = {"seed": 0, "select.strategy": "uniform", "select.options": "", "data.validation": "report"}
+    return {
+        "arms": sorted(a.name for a in arms),
+        "seeds": sorted(seeds),
+        "cycles": base.cycles,
+        "config": config_hash(with_overrides(base, neutral, "plan")),
+        "data": store.dataset.content_hash,
+    }
+
+
+def check_registered(path: Path, asked: dict[str, Any]) -> str:
+    """Prove that what is about to be read was said before, and committed; the primary metric.
+
+    Args:
+        path: of the plan.
+        asked: see `asked_for`.
 
     Raises:
-        UsageError: no such file, not JSON, not committed, or another plan than this one.
+        UsageError: no such file, not JSON, not committed, or another plan than this one; with the plan that would register it.
     """
-    asked: dict[str, Any] = {"arms": sorted(a.name for a in arms), "seeds": sorted(seeds), "cycles": cycles}
-    form = '{"primary": "miou", "arms": [...], "seeds": [...], "cycles": N}'
+    said = _said(path)
+    known = said.get("primary") in TESTED
+    plan = json.dumps({"primary": said["primary"] if known else "miou", **asked})
+    cure = f"to register what is asked for, commit this as {path} before the report half is read: {plan}"
     if not path.is_file():
-        raise UsageError(f"--split report needs the plan {path} to be committed before: {form}")
-    try:
-        said = json.loads(path.read_text())
-        found = {"arms": sorted(said["arms"]), "seeds": sorted(said["seeds"]), "cycles": said["cycles"]}
-        primary = said["primary"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} must be {form} ({type(error).__name__}: {error})") from error
-    if primary not in METRICS:
-        raise UsageError(f"{path}: primary must be one of {', '.join(METRICS)}, got {primary!r}")
+        raise UsageError(f"--split report needs a plan and there is no {path}; {cure}")
+    if not known:
+        raise UsageError(
+            f"{path}: primary must be one of {', '.join(TESTED)}, got {said.get('primary')!r}; {cure}"
+        )
     for name, value in asked.items():
-        if found[name] != value:
-            raise UsageError(f"{path} registers {name} {found[name]}, asked for are {value}")
+        found = said.get(name)
+        if (sorted(found) if isinstance(found, list) else found) != value:
+            raise UsageError(f"{path} registers {name} {found}, asked for are {value}; {cure}")
     if not is_committed(path):
         raise UsageError(f"{path} is not committed as it is: commit it before the report half is read")
+    return said["primary"]
+
+
+def _said(path: Path) -> dict[str, Any]:
+    """What a plan says; nothing where there is none, or no JSON object."""
+    try:
+        said = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}

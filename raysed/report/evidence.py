@@ -112,6 +112,27 @@ def write_evidence(
     return f"{text}\nresults {results.uri}: {' '.join(written)}"
 
 
+def renew_combined(results: Storage) -> str | None:
+    """Write the rows of all `summary.json` in the folders beside a results folder to one beside them, each with its folder.
+
+    Args:
+        results: folder of result files, in one named evidence; nothing is combined elsewhere.
+
+    Returns:
+        URI of the combined file.
+    """
+    above = results.uri.rpartition("/")[0]
+    if above.rpartition("/")[2] != "evidence":
+        return None
+    storage, rows = Storage(above), []
+    for path in sorted(p for p in storage.list() if p.endswith("/summary.json")):
+        own = json.loads(storage.read(path))
+        if isinstance(own, list):  # those of runs and comparisons are no rows of arms
+            rows += [{"folder": path.removesuffix("/summary.json"), **row} for row in own]
+    storage.write("summary.json", (json.dumps(rows, indent=1) + "\n").encode())
+    return f"{storage.uri}/summary.json"
+
+
 def read_arms(
     results: Storage,
     kinds: Mapping[str, str],
@@ -218,12 +239,16 @@ def _verdicts(active: Sequence[Judged], found: Mapping[tuple[str, str], Row], pr
     rows = []
     for arm in active:
         row = found[arm.name, primary]
-        chances = ["" if row[k] is None else f"{row[k]:.4f}" for k in ("p", "p_holm")]
+        chances = [_chance(row[k]) for k in ("p", "p_holm")]
         rows.append([arm.label, _difference(row), row["interval"] or "", *chances, verdict(row)])
     title = f"Verdict on {primary}, the primary metric as registered: {len(active)} competing arms"
     return markdown(
         title, ["arm", f"difference to {best}", "interval over", "p", "p by Holm's steps", "verdict"], rows
     )
+
+
+def _chance(p: float | None) -> str:
+    return "" if p is None else f"{p:.4f}" if p >= 1e-4 else "<0.0001"
 
 
 def _diverged(arms: Sequence[Judged]) -> str:

@@ -1,5 +1,6 @@
-"""Evidence from result files alone: no run directory, no Ray."""
+"""Evidence from result files alone: no run directory, and no Ray is started."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -7,14 +8,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from raysed import evidence as job
 from raysed.config import Experiment
 from raysed.core.metrics import scores
-from raysed.errors import UsageError
+from raysed.errors import DivergedError, UsageError
 from raysed.io.ledger import Manifest
 from raysed.io.storage import Storage
 from raysed.report import runfile
 from raysed.report.evidence import read_arms as read
-from raysed.report.evidence import write_evidence
+from raysed.report.evidence import renew_combined, write_evidence
 from raysed.report.judging import METRICS, by_labels, curve, goal, summary_rows, verdict
 from raysed.report.runfile import RunFile
 
@@ -330,6 +332,67 @@ def test_a_passive_arm_of_which_a_seed_diverged_is_nothing_to_judge_by(results):
         UsageError, match=r"no passive arm to judge by that came through: uniform \(diverged: seed 2\)"
     ):
         read(results, KINDS, FILES)
+
+
+def test_a_diverged_run_ends_the_report_half_too(tiny_store, tmp_path, monkeypatch):
+    """The job with its runs replaced by result files: it reads them, though one has diverged, judges by the registered metric, says
+    what became of the run and combines the summaries.
+    """
+    folder = Storage(str(tmp_path / "evidence" / "made-up-report"))
+
+    def all_run(*_: object, **__: object) -> int:
+        for arm, seed in itertools.product(("uniform", "defensive"), (0, 1, 2)):
+            found = run_file(arm, seed)
+            folder.write(found.path, found.to_bytes())
+        diverge(folder, "defensive", 1, 4)
+        return DivergedError.exit_code
+
+    monkeypatch.setattr(job, "run_all", all_run)
+    monkeypatch.setattr(job, "is_committed", lambda path: True)
+    plan = tmp_path / "plan.json"
+    argv = ["--data", tiny_store, "--arms", "uniform,defensive", "--seeds", "0,1", "--cycles", "12", "--split", "report",
+            "--results", folder.uri, "--run", str(tmp_path / "runs"), "--preregistration", str(plan)]  # fmt: skip
+    with pytest.raises(UsageError, match="to register what is asked for") as refusal:
+        job.evidence(None, argv)
+    plan.write_text(str(refusal.value).partition("is read: ")[2].replace('"miou"', '"aulc_tiles"'))
+    assert job.evidence(None, argv) == DivergedError.exit_code
+    rows = json.loads((tmp_path / "evidence" / "summary.json").read_text())
+    ours = next(r for r in rows if r["arm"] == "defensive" and r["role"] == "primary")
+    assert (ours["metric"], ours["seeds"], ours["diverged"], ours["p"]) == ("aulc_tiles", [0], [1], None)
+    assert "ended there" in folder.read("tables.md").decode()
+
+
+def test_the_summaries_of_all_folders_are_one(tmp_path):
+    folders = [Storage(str(tmp_path / "evidence" / n)) for n in ("made-up-dev", "made-up-report", "deep/er")]
+    for number, storage in enumerate(folders):
+        for arm in ("uniform", "defensive"):
+            found = run_file(arm, number)
+            storage.write(found.path, found.to_bytes())
+        write_evidence(storage, KINDS, FILES, "dev" if number else "report")
+    above = Storage(str(tmp_path / "evidence"))
+    above.write("other/summary.json", b'{"arms": {}}')
+    assert renew_combined(folders[0]) == f"{above.uri}/summary.json"
+    rows = json.loads(above.read("summary.json"))
+    assert list(dict.fromkeys(r["folder"] for r in rows)) == ["deep/er", "made-up-dev", "made-up-report"]
+    keys = [
+        "protocol",
+        "data",
+        "split",
+        "arm",
+        "kind",
+        "metric",
+        "mean",
+        "sd",
+        "seeds",
+        "minus_best_passive",
+        "ci_low",
+        "ci_high",
+    ]
+    assert all(set(keys) <= set(r) for r in rows)
+    before = above.read("summary.json")
+    renew_combined(folders[1])
+    assert above.read("summary.json") == before
+    assert renew_combined(Storage(str(tmp_path / "elsewhere"))) is None
 
 
 def test_without_a_passive_arm_there_is_nothing_to_judge_by(tmp_path):
