@@ -6,7 +6,7 @@
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
-BASE := $(shell command -v python3.11 || command -v python3)
+BASE := $(shell python3.11 -c 'import venv, ensurepip' 2>/dev/null && command -v python3.11 || command -v python3)
 READY := $(VENV)/.raysed-ready
 
 .PHONY: active twin bench chaos test test-all check lint clean

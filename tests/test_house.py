@@ -1,6 +1,9 @@
-"""The house: imports go down only, only `cluster` knows Ray, nothing is unpickled."""
+"""The house: imports go down only, only `cluster` knows Ray, nothing is unpickled; make takes a Python that works."""
 
 import ast
+import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,3 +53,16 @@ def test_nothing_is_unpickled():
             ), path
             if called == "torch.load":
                 assert any(k.arg == "weights_only" and k.value.value is True for k in node.keywords), path
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize(("code", "taken"), [(0, "python3.11"), (127, "python3")])
+def test_make_takes_python_3_11_only_if_it_can_make_an_environment(tmp_path, code, taken):
+    """A shim of a version manager is there and fails, when none of its versions is 3.11."""
+    for name, status in (("python3.11", code), ("python3", 0)):
+        (tmp_path / name).write_text(f"#!/bin/sh\nexit {status}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    make = ["make", "-f", str(PACKAGE.parent / "Makefile"), "--eval", "base: ; @echo $(BASE)", "base"]
+    done = subprocess.run(make, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(tmp_path / taken)
