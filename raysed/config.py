@@ -48,7 +48,7 @@ class ModelConfig:
     """unet, efficientunet-b0, efficientunet-b4, or unet:<any encoder of segmentation-models-pytorch>."""
     encoder_weights: str | None = None
     """Encoder weights to start from: none (from scratch), a name that smp knows such as imagenet (downloaded), or a
-    .safetensors or .pth file of a state dict."""
+    .safetensors or .pth file of a state dict, local or s3://."""
     init: str | None = None
     """Model folder of jobs/export.py whose weights a run starts from (fine-tuning); with other classes its last layer begins anew."""
     sha256: str | None = None

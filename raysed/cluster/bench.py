@@ -526,8 +526,9 @@ def _scorers(bench: Bench, count: int) -> ScorerPool:
 
 def _pool_seconds(bench: Bench, pool: ScorerPool, weights: dict[str, np.ndarray]) -> float:
     locations, scorers = bench.store.locations(bench.ids), [s for s in pool.scorers if s]
+    threads = [1] * len(scorers)
     return timed(
-        lambda: score_pool(scorers, [1] * len(scorers), weights, "bench", locations, side=bench.side)
+        lambda: score_pool(scorers, threads, weights, "bench", locations, side=bench.side, renew=pool.renew)
     )
 
 

@@ -222,6 +222,8 @@ class Trial:
         """URI of the tiles, or of the images of prepare."""
         self.struck: float | None = None
         self.ended: float | None = None
+        self.in_place = True
+        """False if it ended cleanly and was given again where that was not wanted, but may be."""
         self.compared = True
         """Whether the run can be equal to the calm one."""
         self.inside: dict[int, int] = {}
@@ -449,7 +451,7 @@ def attempt(bench: Bench, name: str, fault: Fault) -> Row:
         trial.check()
         broken = bench.proxy.counts() if injected and bench.proxy else {}
         note = "; ".join(filter(None, (trial.note, f"{len(injected)} requests broken" if broken else "")))
-        return trial.judged(name, "survived" if fault.in_place else "not_promised", note)
+        return trial.judged(name, "survived" if fault.in_place and trial.in_place else "not_promised", note)
     except (Lost, RaysedError) as error:
         return trial.judged(name, "lost", str(error))
     except Exception as error:  # the other rows are still wanted

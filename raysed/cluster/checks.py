@@ -140,9 +140,7 @@ def resources(experiment: Experiment, offers: Sequence[Offer], most: int | None 
     rooms = [dict(o.resources) for o in sorted(offers, key=size, reverse=True) for _ in range(o.count)][:most]
     placed = sum(_place(bundle, rooms) for bundle in bundles)
     asked = f"{cluster.fewest} workers of {_amounts(worker)}, {scorers} scorers of {_amounts(scorer)} and a read task"
-    there = "; ".join(f"{o.count} x {o.name} ({_amounts(o.resources)})" for o in offers) or "no node"
-    if most is not None:
-        there += f"; at most {most} at once"
+    there = described(offers, most)
     if placed == len(bundles):
         return passed("resources", f"{asked} fit into {there}")
     no_room = not any(_place(worker, [dict(o.resources)]) for o in offers)
@@ -153,6 +151,12 @@ def resources(experiment: Experiment, offers: Sequence[Offer], most: int | None 
         + "lower --workers, --scorers or their shares, or add nodes",
         ResourcesError.exit_code,
     )
+
+
+def described(offers: Sequence[Offer], most: int | None) -> str:
+    """What there is, or may be started, as text; arguments as for `resources`."""
+    there = "; ".join(f"{o.count} x {o.name} ({_amounts(o.resources)})" for o in offers) or "no node"
+    return there if most is None else f"{there}; at most {most} at once"
 
 
 def _place(bundle: Mapping[str, float], rooms: list[dict[str, float]]) -> bool:

@@ -874,7 +874,13 @@ class Worker:
         self.ledger.prune(cycle)
         if self.exp.cluster.commit_every_steps or self._noticed:
             self.ledger.prune_steps(cycle)
-        self.setup.monitor.post.remote({"kind": "cycle", "arm": self.arm.name, "manifest": manifest})
+        event = {
+            "kind": "cycle",
+            "arm": self.arm.name,
+            "manifest": manifest,
+            "scorers": self.setup.scorers.up,
+        }
+        self.setup.monitor.post.remote(event)
 
 
 def pixels_of(rows: pa.Table, classes: int) -> np.ndarray:

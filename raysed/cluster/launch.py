@@ -143,7 +143,7 @@ def _run(
     device, scorers = secure(experiment.cluster, scoring=scoring, say=say)
     patience = experiment.cluster.patience(autoscaling=autoscaling())
     watcher: Any = ray.remote(Monitor).options(num_cpus=0, max_concurrency=8, scheduling_strategy=_here())
-    monitor = watcher.remote(scorers, stopper.allowed)
+    monitor = watcher.remote(stopper.allowed)
     pool = _scorers(experiment, store, device, scorers)
     pool.start()
     setup = Setup(held, pool, monitor, device, environment(), patience, hold, autoscaling())

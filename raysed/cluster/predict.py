@@ -34,7 +34,7 @@ from raysed.cluster.mapper import (
     plan_image,
     reason_of,
 )
-from raysed.cluster.room import candidates, placed, secure_task
+from raysed.cluster.room import candidates, none_has_room, placed, secure_task
 from raysed.cluster.tasks import TASK_CPUS
 from raysed.config import ClusterConfig
 from raysed.core import metrics
@@ -349,8 +349,7 @@ def _crew(
             size = min(workers or have, blocks)
             return Crew(kind, size, workers is None, 1 if kind == "cuda" else _threads(size))
     raise ResourcesError(
-        f"{least} workers ask for a {unit} each, no node that the autoscaler may start has room for them: lower --workers, "
-        "or add nodes"
+        f"{least} workers ask for a {unit} each, {none_has_room()}: lower --workers, or add nodes"
     )
 
 

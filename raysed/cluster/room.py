@@ -6,7 +6,9 @@ from collections.abc import Callable
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from raysed.cluster.checks import described
 from raysed.cluster.connect import autoscaler, autoscaling
+from raysed.cluster.nodes import offers
 from raysed.cluster.tasks import TASK_CPUS
 from raysed.config import ClusterConfig
 from raysed.errors import ResourcesError
@@ -33,9 +35,7 @@ def secure(cluster: ClusterConfig, *, scoring: bool, say: Callable[[str], None])
             check_sum(cluster, device, scorers)
         if placed(cluster.bundles(device, scorers), cluster.patience(autoscaling=scaling), say, _REMEDY):
             return device, scorers
-    raise ResourcesError(
-        _short(cluster, device, scorers, "no node that the autoscaler may start has room for them")
-    )
+    raise ResourcesError(_short(cluster, device, scorers, none_has_room()))
 
 
 _REMEDY = "add nodes, wait until other jobs have ended, ask for less (--workers, --scorers) or raise --cluster.wait-nodes"
@@ -53,9 +53,7 @@ def secure_task(say: Callable[[str], None], wait_nodes: float | None = None) -> 
     """
     patience = ClusterConfig(wait_nodes=wait_nodes).patience(autoscaling=autoscaling())
     if not placed([{"CPU": TASK_CPUS}], patience, say, "add nodes, or wait until other jobs have ended"):
-        raise ResourcesError(
-            f"a task asks for {TASK_CPUS:g} CPU, no node that the autoscaler may start has it: add nodes"
-        )
+        raise ResourcesError(f"a task asks for {TASK_CPUS:g} CPU, {none_has_room()}: add nodes")
 
 
 def candidates(cluster: ClusterConfig) -> list[str]:
@@ -125,6 +123,11 @@ def _short(cluster: ClusterConfig, device: str, scorers: int, there: str, also: 
         f"{cluster.fewest} workers, {scorers} scorers and a read task ask for {asked}{also}, {there}: lower --workers or "
         "--scorers, or add nodes"
     )
+
+
+def none_has_room() -> str:
+    """What to say when an autoscaler has said that something will never find room."""
+    return f"no node that the autoscaler may start has room for that; there are {described(*offers())}"
 
 
 def _text(bundles: list[dict[str, float]]) -> str:

@@ -221,7 +221,17 @@ class Scorekeeper:
         scorers, threads = self.scorers.ready(self.patience, self._grace, self._taken)
         self._grace = GRACE
         at = self.store.locations(ids)
-        return score_pool(scorers, threads, weights, version, at, side=side, features=features, loss=loss)
+        return score_pool(
+            scorers,
+            threads,
+            weights,
+            version,
+            at,
+            side=side,
+            features=features,
+            loss=loss,
+            renew=self.scorers.renew,
+        )
 
 
 def _features(ids: pa.ChunkedArray, found: Scores) -> pa.Array:

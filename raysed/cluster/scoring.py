@@ -3,15 +3,17 @@
 A tile over which they die (its bytes break the decoder, say) is found by asking its chunk tile by tile, and is bad.
 """
 
+import contextlib
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import ray
 from ray.actor import ActorHandle
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from raysed.core.tiles import resize_image, target_of
 from raysed.errors import RaysedError, ResourcesError, rebuilt
@@ -26,6 +28,8 @@ DEATHS = 2
 """Scorers that may die over a chunk before it is asked tile by tile, and over a single tile before it is bad."""
 PATIENCE = 300.0
 """Seconds without any score after which scoring gives up (exit 7)."""
+PLACED_SECONDS = 60.0
+"""Patience with scorers on GPUs that are to find their places before anything else does."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Scorer:
             version: their hash; loaded only when it changes.
             locations: rows of `store.LOCATION`.
             side: side at which the tiles are scored, pixels; smaller than stored is cheaper.
-            threads: torch threads; sent with every call, since a scorer that was restarted has forgotten them.
+            threads: torch threads; sent with every call, since they follow from who else is on its node.
             features: give the network's deepest features too.
             loss: give the mean cross-entropy over the known pixels of each tile's label too; at the stored side only.
 
@@ -173,12 +177,13 @@ class Scores:
 class ScorerPool:
     """Scoring actors, made when they are needed; between two scorings they can be given back, so that the cluster may shrink.
 
-    A copy in another process knows the actors that were made before it was sent there.
+    A copy in another process knows the actors that were made before it was sent there.  Ray does not restart them: it might do so
+    while the training workers are down, and put a scorer where a worker is to come back to.
 
     Args:
         count: scorers.
         make: arguments of `Scorer`.
-        options: of the actors, such as their resources.
+        options: of the actors, such as their resources; no two of those with a share of a GPU meet on one while others are free.
         kind: class of the actors.
         threads: most torch threads of a scorer; none means that its node's CPUs are the limit.
     """
@@ -195,15 +200,52 @@ class ScorerPool:
         self.scorers: list[ActorHandle | None] = [None] * count
         self._nodes: dict[ActorHandle, str] = {}
 
+    @property
+    def up(self) -> int:
+        """How many are made and not given back."""
+        return len(self.scorers) - self.scorers.count(None)
+
     def start(self) -> None:
-        """Make those that are missing, without waiting for them."""
-        self.scorers = [s or self._made() for s in self.scorers]
+        """Make those that are missing; on CPUs without waiting for them."""
+        missing = self.scorers.count(None)
+        with self._rest_of_gpus_held(missing) as held:
+            self.scorers = [s or self._made() for s in self.scorers]
+            if held:
+                asked: list[Any] = [s.node.remote() for s in self.scorers if s]
+                ray.wait(asked, num_returns=len(asked), timeout=PLACED_SECONDS)
+
+    @contextlib.contextmanager
+    def _rest_of_gpus_held(self, missing: int) -> Iterator[int]:
+        """Of as many free GPUs as scorers are missing, all but a scorer's share is taken inside the block; how many they are.
+
+        Ray fills one GPU with shares before it takes the next: scorers made first would meet on one, and leave a training worker
+        no place there.
+        """
+        share = self._options.get("num_gpus", 0)
+        number = min(missing, int(ray.cluster_resources().get("GPU", 0))) if share else 0
+        while number:
+            bundles: list[dict[str, float]] = [{"GPU": 1 - share}] * number
+            group = placement_group(bundles, strategy="PACK")
+            try:
+                if group.wait(3):
+                    yield number
+                    return
+            finally:
+                remove_placement_group(group)
+            number //= 2
+        yield 0
+
+    def renew(self, dead: ActorHandle) -> ActorHandle:
+        """One in place of a scorer that has died."""
+        with contextlib.suppress(Exception):
+            ray.kill(dead)  # it may live, out of reach
+        fresh = self._made()
+        self.scorers = [fresh if s == dead else s for s in self.scorers]
+        return fresh
 
     def _made(self) -> ActorHandle:
         actor: Any = ray.remote(self._kind)
-        return actor.options(max_restarts=-1, scheduling_strategy="SPREAD", **self._options).remote(
-            *self._make
-        )
+        return actor.options(scheduling_strategy="SPREAD", **self._options).remote(*self._make)
 
     def ready(
         self, patience: float, grace: float, taken: Mapping[str, int] | None = None
@@ -231,11 +273,10 @@ class ScorerPool:
             try:
                 self._nodes[scorer] = ray.get(answered[0])
             except ray.exceptions.ActorDiedError:
-                # given back by the worker whose place this one has taken
+                # or given back by the worker whose place this one has taken
                 if replaced < len(self.scorers):
                     replaced += 1
-                    fresh = self._made()
-                    self.scorers[self.scorers.index(scorer)] = fresh
+                    fresh = self.renew(scorer)
                     asked[fresh.node.remote()] = fresh
                 continue
             except ray.exceptions.RayActorError:
@@ -317,13 +358,24 @@ def score_pool(
     side: int,
     features: bool = False,
     loss: bool = False,
+    renew: Callable[[ActorHandle], ActorHandle],
 ) -> Scores:
     """Score tiles with a pool of scorers; every tile gets one score, whoever dies.
 
     Chunk k goes first to scorer k mod n, which has its tiles decoded already; idle scorers take from the fullest queue.
-    What a dead scorer held goes back to the front; it is used again in the next cycle, once Ray has restarted it.  A chunk that
-    `DEATHS` scorers did not outlive is asked tile by tile, so that one bad tile, or too many at once, costs no other its score;
-    alone in its batch a tile's score may differ in the last bit.
+    What a dead scorer held goes back to the front.  A chunk that `DEATHS` scorers did not outlive is asked tile by tile, so that
+    one bad tile, or too many at once, costs no other its score; alone in its batch a tile's score may differ in the last bit.
+
+    Args:
+        scorers: that are up.
+        threads: torch threads of each.
+        weights: of the network.
+        version: of the weights.
+        locations: rows of `store.LOCATION`.
+        side: at which tiles are scored, pixels.
+        features: whether features are wanted.
+        loss: whether losses are wanted.
+        renew: makes a scorer in place of the last one, when that has died; the others are missed until the next scoring.
 
     Raises:
         ResourcesError: no score from any scorer within `PATIENCE`.
@@ -364,7 +416,7 @@ def score_pool(
             if len(living) > 1:
                 del living[n]
             else:
-                _await(living[n], heard + PATIENCE)
+                living[n] = renew(living[n])
             busy = {m for m, _ in flying.values()}
             for m in [m for m in living if m not in busy] * 2:
                 feed(m)
@@ -391,14 +443,3 @@ def score_pool(
         [*work.deadly, *(BadTile(**b) for p in parts for b in p["bad"])],
         dict(nodes),
     )
-
-
-def _await(scorer: ActorHandle, until: float) -> None:
-    """Wait until Ray has restarted a scorer, or until then; it refuses calls meanwhile."""
-    while time.monotonic() < until:
-        answered, _ = ray.wait([scorer.node.remote()], timeout=max(0.0, until - time.monotonic()))
-        try:
-            ray.get(answered)
-            return
-        except ray.exceptions.RayActorError:
-            time.sleep(0.5)

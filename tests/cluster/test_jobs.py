@@ -5,6 +5,8 @@ import runpy
 import shutil
 import signal
 import sys
+import time
+import urllib.request
 
 import pyarrow.parquet as pq
 import pytest
@@ -85,20 +87,39 @@ def test_a_run_killed_inside_a_cycle_continues_after_its_last_step(small_store, 
     ("number", "code"),
     [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
 )
-def test_a_signal_lets_the_cycle_commit_and_releases_the_run(small_store, tmp_path, number, code):
+def test_a_signal_lets_the_cycle_commit_and_releases_the_run(small_store, tmp_path, ray_head, number, code):
     out = tmp_path / "run"
-    process = start("train", "--data", small_store, "--cycles", "40", "--run", str(out), *FAST)
+    process = start("train", "--data", small_store, "--cycles", "200", "--run", str(out), *FAST)
     with terminated(process):
         assert process.stdout
-        next(line for line in process.stdout if "/40 " in line)
+        next(line for line in process.stdout if "/200 " in line)
+        seen = gauges(ray_head.metrics_ports[0])
         process.send_signal(number)
         rest = process.stdout.read()
         assert process.wait(60) == code
     assert "summary" in rest
     ledger = Ledger(Storage(str(out)))
-    assert 0 < len(ledger.manifests()) < 40
+    manifests = ledger.manifests()
+    assert 0 < len(manifests) < 200
+    shown = manifests[int(seen["raysed_cycle"]) - 1].record
+    assert seen["raysed_val_miou"] == pytest.approx(shown["val"]["miou"])
+    assert seen["raysed_train_loss"] == pytest.approx(shown["train"]["loss"])
     assert b'"beat": -1' in ledger.storage.read(max(ledger.storage.list("leases")))
     assert verify(ledger, Store.open(small_store).split("train")) == []
+
+
+def gauges(port: int) -> dict[str, float]:
+    """What a run shows on the metrics port while it runs, as soon as Ray has passed it on."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+            lines = [x for x in page.read().decode().splitlines() if x.startswith("ray_raysed_")]
+        if found := {
+            x.split("{")[0].removeprefix("ray_"): float(x.split()[-1]) for x in lines if 'arm="uniform"' in x and 'phase=""' in x
+        }:  # fmt: skip
+            return found
+        time.sleep(1)
+    pytest.fail("no gauge of the run was shown")
 
 
 @pytest.mark.timeout(900)
@@ -141,6 +162,10 @@ def test_two_arms_make_a_summary_and_a_report(small_store, tmp_path):
     events.Reload()
     assert [e.step for e in events.Scalars("val/miou")] == [0, 1]
     assert [e.step for e in events.Images("examples")] == [0, 1]
+    committed = Ledger(Storage(str(out))).manifests()
+    for name in ("water", "building"):
+        curve = [e.value for e in events.Scalars(f"val_iou/{name}")]
+        assert curve == pytest.approx([m.record["val"]["iou"][name] for m in committed], rel=1e-6)
     assert (events.Images("examples")[1].width, events.Images("examples")[1].height) == (3 * 64, 4 * 64)
     refused = run(
         "train",

@@ -111,7 +111,7 @@ def test_a_storage_that_refuses_comes_out_of_stream_and_scorer_as_itself(
     network = Network("unet:resnet18", 8, "fp32", "cpu")
     scorer = ray.remote(Scorer).remote(network, shardless_store, store.dataset.tile_size, 1 << 30)
     with pytest.raises(StorageError, match=r"shards/part-00000\.parquet: .*directory"):
-        score_pool([scorer], [1], weights, "v1", store.locations(ids), side=SIDE)
+        score_pool([scorer], [1], weights, "v1", store.locations(ids), side=SIDE, renew=pytest.fail)
     ray.kill(scorer)
 
 
@@ -126,10 +126,9 @@ def test_scorers_that_die_again_and_again_end_the_scoring(ray_session, small_sto
     make = network, small_store, store.dataset.tile_size, 1 << 30
     made = ScorerPool(2, make, {"num_cpus": 0.1}, Doomed)
     doomed, _ = made.ready(60, 60)
+    at = store.locations(store.index["tile_id"].to_pylist()[:40])
     with pytest.raises(ResourcesError, match=r"no scorer has given a score for 8 s, 0 of 2 chunks .*memory"):
-        score_pool(
-            doomed, [1, 1], weights, "v1", store.locations(store.index["tile_id"].to_pylist()[:40]), side=SIDE
-        )
+        score_pool(doomed, [1, 1], weights, "v1", at, side=SIDE, renew=made.renew)
     made.kill()
 
 
@@ -151,7 +150,7 @@ def test_scorers_given_back_are_made_anew_and_score_the_same(ray_session, small_
         assert len(up) == 2
         assert threads == [max(1, int(ray.cluster_resources()["CPU"] // 2))] * 2
         at = store.locations(store.index["tile_id"].to_pylist()[:40])
-        return score_pool(up, [1, 1], weights, "v1", at, side=SIDE).rows
+        return score_pool(up, [1, 1], weights, "v1", at, side=SIDE, renew=pool.renew).rows
 
     other = copy.copy(pool)  # a worker that takes the place of one that has given them back
     pool.start()
@@ -185,12 +184,10 @@ def pool(ray_session, small_store):
             return super().score(weights, version, locations, side, threads)
 
     network = Network("unet:resnet18", 8, "fp32", "cpu")
-    actor = ray.remote(MortalScorer).options(num_cpus=0.1, max_restarts=-1)
     side = Store.open(small_store).dataset.tile_size
-    made = [actor.remote(network, small_store, side, 1 << 30) for _ in range(2)]
+    made = ScorerPool(2, (network, small_store, side, 1 << 30), {"num_cpus": 0.1}, MortalScorer)
     yield made
-    for s in made:
-        ray.kill(s)
+    made.kill()
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +198,13 @@ def weights():
 def test_scores_of_the_pool_equal_a_plain_loop_though_a_scorer_dies(pool, weights, small_store):
     store = Store.open(small_store)
     ids = sorted(store.index["tile_id"].to_pylist())
-    calm = score_pool(pool, [1, 1], weights, "v1", store.locations(ids[::-1]), side=SIDE)
+
+    def scored(version: str, order: list[str]) -> scoring.Scores:
+        up, _ = pool.ready(60, 60)
+        assert len(up) == 2
+        return score_pool(up, [1, 1], weights, version, store.locations(order), side=SIDE, renew=pool.renew)
+
+    calm = scored("v1", ids[::-1])
     assert calm.ids == ids
     assert sum(calm.nodes.values()) == len(ids)
 
@@ -218,11 +221,10 @@ def test_scores_of_the_pool_equal_a_plain_loop_though_a_scorer_dies(pool, weight
     assert calm.rows[:, 0] == pytest.approx(plain[:, 0], rel=1e-5)
     assert calm.rows[:, 2:] == pytest.approx(plain[:, 2:], rel=1e-3, abs=1e-6)
 
-    faulted = score_pool(pool, [1, 1], weights, "deadly", store.locations(ids), side=SIDE)
+    faulted = scored("deadly", ids)
     assert Path(small_store, "died").exists()
     assert np.array_equal(faulted.rows, calm.rows)
-    again = score_pool(pool, [1, 1], weights, "v3", store.locations(ids), side=SIDE)
-    assert np.array_equal(again.rows, calm.rows)  # the dead one is back or left out
+    assert np.array_equal(scored("v3", ids).rows, calm.rows)  # another is there for the dead one
 
 
 def test_a_bad_tile_is_left_out_of_the_scores_and_named(ray_session, weights, damaged_store):
@@ -233,9 +235,8 @@ def test_a_bad_tile_is_left_out_of_the_scores_and_named(ray_session, weights, da
         .options(num_cpus=0.1)
         .remote(Network("unet:resnet18", 8, "fp32", "cpu"), uri, store.dataset.tile_size, 1 << 30)
     )
-    scores = score_pool(
-        [scorer], [1], weights, "v1", store.locations(store.index["tile_id"].to_pylist()[:40]), side=SIDE
-    )
+    at = store.locations(store.index["tile_id"].to_pylist()[:40])
+    scores = score_pool([scorer], [1], weights, "v1", at, side=SIDE, renew=pytest.fail)
     ray.kill(scorer)
     assert [b.tile_id for b in scores.bad] == [victim]
     assert len(scores.ids) == 39
@@ -261,8 +262,9 @@ def test_a_committed_cycle_is_on_the_metrics_port(ray_session):
         "scores": {"tiles": 100},
         "tiles": 24,
     }
-    monitor = ray.remote(Monitor).options(num_cpus=0).remote(3)
-    ray.get(monitor.post.remote({"kind": "cycle", "arm": "entropy", "manifest": Manifest(6, {}, record)}))
+    monitor = ray.remote(Monitor).options(num_cpus=0).remote()
+    event = {"kind": "cycle", "arm": "entropy", "manifest": Manifest(6, {}, record), "scorers": 3}
+    ray.get(monitor.post.remote(event))
     port, until = ray.nodes()[0]["MetricsExportPort"], time.monotonic() + 60
     found: dict[tuple[str, str], float] = {}
     while len(found) < len(GAUGES) + 2 and time.monotonic() < until:
@@ -315,7 +317,7 @@ def test_a_dry_run_counts_the_passes_that_a_run_makes(select, pool, wanted):
 
 
 def test_a_group_that_makes_room_for_a_larger_one_has_not_failed():
-    monitor = Monitor(0)
+    monitor = Monitor()
     assert all(monitor.begin(workers) for workers in (1, 2, 3, 4, 5, 6))
     assert [bool(monitor.begin(1)) for _ in range(RESTARTS + 1)] == [True] * RESTARTS + [False]
 

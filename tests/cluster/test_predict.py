@@ -414,9 +414,9 @@ def test_an_autoscaler_starts_the_nodes_that_maps_ask_for(tmp_path):
         for i in range(3, 6):
             write_tiff(tmp_path / f"in/town_{i}.tif", pixels(70, 70, seed=i))
         done = processes.run("predict", *flags, "--workers", "6", code=7, **where)
-        assert "6 workers ask for a CPU each, no node that the autoscaler may start" in processes.error_line(
-            done
-        )
+        said = processes.error_line(done)
+        assert "6 workers ask for a CPU each, no node that the autoscaler may start has room for that" in said
+        assert "2 x pair (2 CPU)" in said
 
 
 def test_bad_arguments_are_told_before_anything_starts(tmp_path):

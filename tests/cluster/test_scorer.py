@@ -1,14 +1,17 @@
 """What a scorer and the keeper of its scores give, most of it without a cluster."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from processes import environment
 
 from raysed.cluster import scorekeeping
 from raysed.cluster.scorekeeping import Scorekeeper
-from raysed.cluster.scoring import CHUNK, Network, Scorer, Scores, Work, score_pool
+from raysed.cluster.scoring import CHUNK, Network, Scorer, ScorerPool, Scores, Work, score_pool
 from raysed.config import SelectConfig
 from raysed.core.networks import build
 from raysed.core.step import to_device
@@ -58,7 +61,7 @@ def test_the_irreducible_loss_is_found_once_a_run_and_goes_on_from_the_ledger(st
     ids = sorted(store.split("train")["tile_id"].to_pylist())
     passes = []
 
-    def score_pool(scorers, threads, weights, version, locations, *, side, features=False, loss=False):
+    def score_pool(scorers, threads, weights, version, locations, *, side, features=False, loss=False, renew):
         passes.append((version, side, loss))
         own = [at["tile_id"] for at in locations][1:]  # one cannot be read
         n = len(own)
@@ -67,6 +70,8 @@ def test_the_irreducible_loss_is_found_once_a_run_and_goes_on_from_the_ledger(st
         )
 
     class NoScorers:
+        renew = None
+
         def ready(self, patience, grace, taken):
             return [], []
 
@@ -132,8 +137,6 @@ def test_a_chunk_that_two_scorers_did_not_outlive_is_asked_tile_by_tile():
 
 @pytest.mark.ray
 def test_a_tile_that_kills_scorers_is_left_out_and_all_others_have_one_score(ray_session):
-    import ray
-
     class Mortal:
         """Scores by number; dies over tile 40."""
 
@@ -149,10 +152,44 @@ def test_a_tile_that_kills_scorers_is_left_out_and_all_others_have_one_score(ray
             return {"ids": ids, "scores": rows, "features": none[:, None], "loss": none, "bad": [], "node": "here"}  # fmt: skip
 
     locations = [{"tile_id": f"t{i:03d}", "sha256": "h"} for i in range(100)]
-    scorers = [ray.remote(Mortal).options(num_cpus=0.1, max_restarts=-1).remote() for _ in range(2)]
-    found = score_pool(scorers, [1, 1], {}, "v", locations, side=64)
-    for scorer in scorers:
-        ray.kill(scorer)
+    pool = ScorerPool(2, (), {"num_cpus": 0.1}, Mortal)
+    found = score_pool(*pool.ready(60, 60), {}, "v", locations, side=64, renew=pool.renew)
+    pool.kill()
     assert found.ids == [at["tile_id"] for at in locations if at["tile_id"] != "t040"]
     assert found.rows[:, 0].tolist() == [i for i in range(100) if i != 40]
     assert [(b.tile_id, b.reason) for b in found.bad] == [("t040", "2 scorers died over it alone")]
+
+
+PACKING = """
+import ray
+from ray.util.placement_group import placement_group
+from raysed.cluster.scoring import ScorerPool
+from raysed.config import ClusterConfig
+
+class Stub:
+    def node(self):
+        return ray.get_runtime_context().get_node_id()
+    def gpus(self):
+        return ray.get_gpu_ids()
+
+ray.init(address="local", num_cpus=4, num_gpus=4, include_dashboard=False, log_to_driver=False)
+cluster = ClusterConfig(workers=4)
+pool = ScorerPool(4, (), {"num_cpus": 0, "num_gpus": cluster.scorer_gpus}, Stub)
+pool.start()
+taken = sorted(ray.get([s.gpus.remote() for s in pool.scorers]))
+group = placement_group([cluster.worker("cuda")] * cluster.workers)
+print(taken, group.wait(20))
+pool.renew(pool.scorers[0])
+print(sorted(ray.get([s.gpus.remote() for s in pool.scorers])))
+"""
+
+
+@pytest.mark.ray
+def test_scorers_take_a_gpu_each_and_leave_every_worker_its_own():
+    """Ray believes in the four GPUs that it is told of; nothing here uses one."""
+    done = subprocess.run(
+        [sys.executable, "-c", PACKING], env=environment(RAY_ADDRESS=""), capture_output=True, text=True, timeout=120, check=False
+    )  # fmt: skip
+    taken, after = done.stdout.splitlines()[-2:] or ("", done.stderr[-2000:])
+    assert taken == "[[0], [1], [2], [3]] True"
+    assert after == "[[0], [1], [2], [3]]"

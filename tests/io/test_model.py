@@ -209,3 +209,12 @@ def test_what_differs_between_model_and_store_is_said_in_a_line_each(tmp_path):
         "note: --init: it was trained on 2 source pixels a pixel, the store has 1",
         "note: --init: it was trained on --bands 3,2,1, the store was made with 8-bit RGB",
     ]
+
+
+def test_encoder_weights_come_from_a_bucket_too(bucket):
+    one, other = (build("unet:resnet18", 4, seed) for seed in (0, 1))
+    Storage(bucket).write("weights/w.safetensors", checkpoint.pack(one.net.encoder.state_dict()))
+    checkpoint.load_encoder(other.net.encoder, f"{bucket}/weights/w.safetensors")
+    assert torch.equal(other.net.encoder.conv1.weight, one.net.encoder.conv1.weight)
+    with pytest.raises(UsageError, match=f"no file {bucket}/weights/none.pth"):
+        checkpoint.load_encoder(other.net.encoder, f"{bucket}/weights/none.pth")
