@@ -34,7 +34,7 @@ from raysed.cluster.launch import Stepper
 from raysed.cluster.local import ObjectServer
 from raysed.cluster.mapper import BATCH, Settings
 from raysed.cluster.predict import predict
-from raysed.cluster.scoring import Network, ScorerPool, score_pool
+from raysed.cluster.scoring import Network, ScorerPool, Work, score_pool
 from raysed.cluster.stream import Stream
 from raysed.config import AugmentConfig, ClusterConfig, Experiment, OptimConfig, SelectConfig
 from raysed.core import networks
@@ -50,7 +50,7 @@ from raysed.io.imagery import find_images
 from raysed.io.ledger import Ledger, choose, selection_table, table_bytes
 from raysed.io.model import of_run
 from raysed.io.storage import Storage
-from raysed.io.store import Store, Tile, read_tiles
+from raysed.io.store import LOCATION, Locations, Store, Tile, read_tiles
 
 CPU = torch.device("cpu")
 ARCH = "efficientunet-b0"
@@ -525,7 +525,7 @@ def _scorers(bench: Bench, count: int) -> ScorerPool:
 
 
 def _pool_seconds(bench: Bench, pool: ScorerPool, weights: dict[str, np.ndarray]) -> float:
-    locations, scorers = bench.store.locations(bench.ids), [s for s in pool.scorers if s]
+    locations, scorers = bench.store.located(bench.ids), [s for s in pool.scorers if s]
     threads = [1] * len(scorers)
     return timed(
         lambda: score_pool(scorers, threads, weights, "bench", locations, side=bench.side, renew=pool.renew)
@@ -655,10 +655,15 @@ def controller_costs(exponent: int) -> tuple[list[float], float]:
     rng = np.random.default_rng(0)
     numbers = pc.utf8_lpad(pa.array(np.arange(n)).cast(pa.string()), 8, "0")
     ids = pc.binary_join_element_wise("region_", numbers, "-r000c000", "")
-    index = pa.table({"tile_id": ids, "label_offset": pa.array(np.ones(n, np.int64))})
+    number = pa.array(np.arange(n))
+    made = {"tile_id": ids, "sha256": pc.binary_join_element_wise(numbers, "0" * 56, ""), "shard": pc.binary_join_element_wise("part-", pc.utf8_slice_codeunits(numbers, 0, 5), "")}  # fmt: skip
+    index = pa.table({name: made.get(name, number) for name in LOCATION})
     experiment = Experiment(select=SelectConfig(strategy="entropy"))
 
     def cycle() -> None:
+        work = Work(Locations(index, number), 8)
+        for k in range(work.whole):
+            work.tiles(k)
         scores = ScoreTable.unknown(ids, 8).with_scores(ids, rng.random((n, 10), np.float32)).table()
         selection = choose(experiment, 1, scores=scores, index=index, state={}, excluded=set())
         plan(selection.tile_ids, 0, 1, 16, 8)

@@ -50,6 +50,12 @@ def connect() -> None:
             )
             said = " ".join(str(error).split())[:200]
             raise ResourcesError(f"no Ray cluster can be reached at {address} ({said}): {remedy}") from error
+        except Exception as error:  # Ray has no class for it
+            if "timed out during startup" not in str(error):
+                raise
+            raise ResourcesError(
+                "Ray did not start on this machine within its half minute, which is too busy or has too little memory: try again"
+            ) from error
     quiet_data()
 
 

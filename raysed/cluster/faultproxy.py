@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import random
 import re
+import socket
 import threading
 import time
 from dataclasses import dataclass
@@ -123,15 +124,32 @@ class FaultProxy:
         self._runner = web.ServerRunner(server, shutdown_timeout=1.0)
         await self._runner.setup()
         self._site: web.TCPSite | None = None
+        self._holder: socket.socket | None = None
         await self._listen()
 
     async def _stop(self) -> None:
         await self._end(list(self._rules))
+        if self._holder:
+            self._holder.close()
         await self._session.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._runner.cleanup(), 5)
 
+    def _hold_port(self) -> None:
+        """A port that is bound and not listened at refuses connections, and nobody else is given it."""
+        holder = socket.socket()
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            holder.bind(("127.0.0.1", self.port))
+        except OSError:
+            holder.close()
+            return
+        self._holder = holder
+
     async def _listen(self) -> None:
+        if self._holder:
+            self._holder.close()
+            self._holder = None
         for _ in range(50):
             site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True)
             try:
@@ -150,6 +168,7 @@ class FaultProxy:
         if rule.kind == "refuse" and self._site:
             site, self._site = self._site, None
             await site.stop()
+            self._hold_port()
         if rule.seconds is not None:
             self._loop.call_later(rule.seconds, lambda: self._loop.create_task(self._end([held])))
 

@@ -220,7 +220,7 @@ class Scorekeeper:
     ) -> Scores:
         scorers, threads = self.scorers.ready(self.patience, self._grace, self._taken)
         self._grace = GRACE
-        at = self.store.locations(ids)
+        at = self.store.located(ids)
         return score_pool(
             scorers,
             threads,

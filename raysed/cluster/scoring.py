@@ -311,19 +311,23 @@ class Work:
     """The chunks of a scoring, and who is to be asked which.
 
     Args:
-        locations: rows of `store.LOCATION`.
+        locations: rows of `store.LOCATION` by tile_id, so that a chunk always has the same tiles.
         scorers: how many there are.
     """
 
     def __init__(self, locations: Sequence[dict], scorers: int) -> None:
-        ordered = sorted(locations, key=lambda at: at["tile_id"])
-        self.chunks = [ordered[i : i + CHUNK] for i in range(0, len(ordered), CHUNK)]
-        """And single tiles of those that were fatal."""
+        self._locations, tiles = locations, len(locations)
+        self.chunks = [range(i, min(i + CHUNK, tiles)) for i in range(0, tiles, CHUNK)]
+        """Positions; also single tiles of those that were fatal."""
         self.whole = len(self.chunks)
         self.deadly: list[BadTile] = []
         """Tiles that no scorer outlives."""
         self._deaths: Counter[int] = Counter()
         self._queues = [deque(range(n, self.whole, scorers)) for n in range(scorers)]
+
+    def tiles(self, k: int) -> Sequence[dict]:
+        """The tiles of a chunk."""
+        return self._locations[self.chunks[k].start : self.chunks[k].stop]
 
     def next(self, n: int) -> int | None:
         """Number of the chunk that scorer n is to be asked, its own or one of the fullest queue; None if none is left."""
@@ -340,12 +344,13 @@ class Work:
         self._deaths[k] += 1
         if self._deaths[k] < DEATHS:
             return [k]
-        at, *more = self.chunks[k]
-        if not more:
+        chunk = self.chunks[k]
+        if len(chunk) == 1:
+            [at] = self.tiles(k)
             self.deadly.append(BadTile(at["tile_id"], f"{DEATHS} scorers died over it alone", at["sha256"]))
             return []
-        self.chunks += [[at] for at in self.chunks[k]]
-        return range(len(self.chunks) - len(more) - 1, len(self.chunks))
+        self.chunks += [range(i, i + 1) for i in chunk]
+        return range(len(self.chunks) - len(chunk), len(self.chunks))
 
 
 def score_pool(
@@ -353,7 +358,7 @@ def score_pool(
     threads: Sequence[int],
     weights: dict[str, np.ndarray],
     version: str,
-    locations: list[dict],
+    locations: Sequence[dict],
     *,
     side: int,
     features: bool = False,
@@ -371,7 +376,7 @@ def score_pool(
         threads: torch threads of each.
         weights: of the network.
         version: of the weights.
-        locations: rows of `store.LOCATION`.
+        locations: rows of `store.LOCATION` by tile_id.
         side: at which tiles are scored, pixels.
         features: whether features are wanted.
         loss: whether losses are wanted.
@@ -390,7 +395,7 @@ def score_pool(
 
     def feed(n: int) -> None:
         if (k := work.next(n)) is not None:
-            flying[living[n].score.remote(sent, version, work.chunks[k], side, threads[n], **more)] = (n, k)
+            flying[living[n].score.remote(sent, version, work.tiles(k), side, threads[n], **more)] = (n, k)
 
     for n in [*living, *living]:  # two in flight each, so that none waits for its next chunk
         feed(n)
@@ -427,7 +432,7 @@ def score_pool(
         results[k] = answer
         heard = time.monotonic()
         feed(n)
-    parts = [results[k] for k in sorted(results, key=lambda k: work.chunks[k][0]["tile_id"])]
+    parts = [results[k] for k in sorted(results, key=lambda k: work.chunks[k].start)]
     nodes: Counter[str] = Counter()
     for part in parts:
         nodes[part["node"]] += len(part["ids"])

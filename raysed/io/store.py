@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from typing import overload
 
 import numpy as np
 import pyarrow as pa
@@ -305,7 +306,7 @@ class Store:
                 path = f"{folder(dataset.version - 1)}/dataset.json"
                 dataset = _dataset(storage, path)
             path = dataset.path("index.parquet")
-            index = pq.read_table(io.BytesIO(storage.read(path)), schema=INDEX)
+            index = pq.read_table(io.BytesIO(storage.read(path)), schema=INDEX).combine_chunks()
         except FileNotFoundError as error:
             raise DataError(f"{storage.uri}/{path} is missing: the store is damaged") from error
         return cls(storage, dataset, index)
@@ -320,12 +321,45 @@ class Store:
         Raises:
             UsageError: an id that the store does not hold.
         """
+        return self.located(ids)[:]
+
+    def located(self, ids: Sequence[str]) -> "Locations":
+        """`locations` of many tiles, each made when it is asked for.
+
+        Raises:
+            UsageError: see there.
+        """
         wanted = pa.array(ids, pa.string())
         at = pc.index_in(wanted, self.index["tile_id"])
         if at.null_count:
             missing = wanted.filter(pc.is_null(at))[0].as_py()
             raise UsageError(f"tile {missing} is not in the store {self.storage.uri}")
-        return self.index.select(LOCATION).take(at).to_pylist()
+        return Locations(self.index.select(LOCATION), at)
+
+
+class Locations(Sequence[dict]):
+    """Rows of `LOCATION`: ten million of them as dicts would take gigabytes.
+
+    Args:
+        index: rows of `LOCATION`.
+        rows: (n,) of the index.
+    """
+
+    def __init__(self, index: pa.Table, rows: pa.Array) -> None:
+        self._index, self._rows = index, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, at: int) -> dict: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[dict]: ...
+    def __getitem__(self, at: int | slice) -> dict | list[dict]:
+        found = self._index.take(
+            self._rows[at : at + 1] if isinstance(at, int) else self._rows[at]
+        ).to_pylist()
+        return found[0] if isinstance(at, int) else found
 
 
 def read_tiles(

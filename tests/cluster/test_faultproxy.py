@@ -1,6 +1,7 @@
 """Storage behind the fault proxy, before a real SeaweedFS: what retries recover from, and what ends in a stated time."""
 
 import hashlib
+import socket
 import time
 import uuid
 
@@ -144,3 +145,13 @@ def test_a_long_outage_ends_in_a_stated_time(storage, proxy, monkeypatch):
         with pytest.raises(StorageError, match="s3://raysed/"):
             action()
         assert time.monotonic() - began < 20
+
+
+def test_nobody_else_is_given_the_port_while_it_refuses(proxy):
+    proxy.add(Rule("refuse"))
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("127.0.0.1", proxy.port))
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", proxy.port), timeout=5)
+    proxy.clear()
+    socket.create_connection(("127.0.0.1", proxy.port), timeout=5).close()

@@ -204,7 +204,7 @@ def test_scores_of_the_pool_equal_a_plain_loop_though_a_scorer_dies(pool, weight
         assert len(up) == 2
         return score_pool(up, [1, 1], weights, version, store.locations(order), side=SIDE, renew=pool.renew)
 
-    calm = scored("v1", ids[::-1])
+    calm = scored("v1", ids)
     assert calm.ids == ids
     assert sum(calm.nodes.values()) == len(ids)
 

@@ -119,14 +119,14 @@ def test_scorers_rest_only_when_they_will_be_idle_for_long(store):
 
 def test_a_chunk_that_two_scorers_did_not_outlive_is_asked_tile_by_tile():
     locations = [{"tile_id": f"t{i:03d}", "sha256": f"hash {i}"} for i in range(2 * CHUNK + 1)]
-    work = Work(locations[::-1], 2)
+    work = Work(locations, 2)
     assert [work.next(0), work.next(1), work.next(0)] == [0, 1, 2]
     work.died(0, [0, 2])
     assert work.next(1) == 0  # as a whole, its scores the same
     work.died(1, [0])
     asked = [work.next(0) for _ in range(CHUNK + 1)]
     assert asked[0] == 2  # what the first one held besides
-    assert [work.chunks[k] for k in asked[1:]] == [[at] for at in locations[:CHUNK]]
+    assert [work.tiles(k) for k in asked[1:]] == [[at] for at in locations[:CHUNK]]
     assert work.next(0) is None
     for _ in range(2):
         work.died(0, [asked[6]])

@@ -16,12 +16,18 @@ from raysed.io.store import Store
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 STOP_SECONDS = 60
+DATA, RUN = "s3://raysed/twin/tiles", "s3://raysed/twin/run"
 
 
 @pytest.fixture(scope="module")
 def cluster(object_server, tmp_path_factory):
-    """A head without CPUs and two nodes of one CPU each."""
-    with LocalCluster(tmp_path_factory.mktemp("cluster"), object_server.environment) as made:
+    """A head without CPUs and two nodes of one CPU each; the environment of all of them names data and run, as cluster.yaml's does."""
+    named = {"RAYSED_DATA": DATA, "RAYSED_RUN": RUN}
+    with (
+        object_server.credentials(),
+        LocalCluster(tmp_path_factory.mktemp("cluster"), {**object_server.environment, **named}) as made,
+    ):
+        small_store_at(DATA)
         made.add_node()
         made.add_node()
         yield made
@@ -35,14 +41,9 @@ def status(cluster: LocalCluster, name: str) -> dict:
     return cluster.state(f"/api/jobs/{name}")
 
 
-def test_stopped_resubmitted_and_submitted_twice(cluster, bucket):
-    small_store_at(f"{bucket}/tiles")
+def test_stopped_resubmitted_and_submitted_twice(cluster):
     flags = [
         "jobs/active.py",
-        "--data",
-        f"{bucket}/tiles",
-        "--run",
-        f"{bucket}/run",
         "--workers",
         "2",
         "--cycles",
@@ -55,7 +56,7 @@ def test_stopped_resubmitted_and_submitted_twice(cluster, bucket):
             "0.25",
         ),  # one scorer a node, and room for reading beside a worker
     ]
-    ledger = Ledger(Storage(f"{bucket}/run"))
+    ledger = Ledger(Storage(RUN))
     first = job(cluster, *flags, name="first")
     with terminated(first):
         assert first.stdout
@@ -66,7 +67,7 @@ def test_stopped_resubmitted_and_submitted_twice(cluster, bucket):
             pytest.fail("the job ended before its first cycle")
         second = job(cluster, *flags, name="second")
         out = second.communicate(timeout=90)[0]
-        assert f"run {bucket}/run is held by process" in out
+        assert f"run {RUN} is held by process" in out
         assert "failed with exit code 3" in status(cluster, "second")["message"]
         began = time.monotonic()
         stopped = subprocess.run(
@@ -85,12 +86,17 @@ def test_stopped_resubmitted_and_submitted_twice(cluster, bucket):
     assert status(cluster, "again")["status"] == "SUCCEEDED"
     manifests = ledger.manifests()
     assert len(manifests) == 12
-    assert verify(ledger, Store.open(f"{bucket}/tiles").split("train")) == []
+    assert verify(ledger, Store.open(DATA).split("train")) == []
     nodes = {n["node_id"] for n in cluster.state("/api/v0/nodes")["data"]["result"]["result"]}
-    for phase in ("train", "score"):
+    for phase in ("read", "train", "score"):
         worked = {node for m in manifests for node in m.record["nodes"][phase]}
         assert len(worked) == 2
         assert worked <= nodes
+    [seen] = [r for r in cluster.state("/api/train/v2/runs/v1")["train_runs"] if r["status"] == "FINISHED"]
+    assert len(seen["attempts"][0]["workers"]) == 2
+    submission = status(cluster, "again")["driver_info"]["id"]
+    named = {d["dataset"] for d in cluster.state(f"/api/data/datasets/{submission}")["datasets"]}
+    assert any("entropy" in name for name in named), named
 
 
 def test_a_local_path_on_a_cluster_is_refused_with_what_to_set(cluster, bucket, small_store):
