@@ -287,6 +287,11 @@ def _answer(asked: Any) -> Any:
     """
     try:
         return ray.get(asked)
+    except ray.exceptions.OutOfMemoryError as error:
+        raise ResourcesError(
+            "the driver's node ran out of memory, and Ray ended the run there: free some or take a larger head, and the same "
+            "command continues"
+        ) from error
     except ray.exceptions.RayError as error:
         raise ResourcesError(
             f"the Ray cluster was lost ({type(error).__name__}): start it again, and the same command continues"

@@ -407,9 +407,10 @@ def choose(
             f"strategy {experiment.select.strategy} needs the scores {', '.join(missing)}, which this run does not record: "
             "choose another --select"
         )
-    bad = pa.array(sorted(excluded), pa.string())
     pool = selectable(index, experiment.data.held_out, unlabelled=experiment.asks_people)
-    pool = pool.filter(pc.invert(pc.is_in(pool["tile_id"], bad)))
+    if excluded:
+        bad = pa.array(sorted(excluded), pa.string())
+        pool = pool.filter(pc.invert(pc.is_in(pool["tile_id"], bad)))
     budget = experiment.select.budget(len(pool))
     if experiment.buys_labels:
         return _buy_and_choose(
