@@ -16,14 +16,17 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import ray
 import torch
 from ray.util import get_node_ip_address
 
 from raysed.cluster import checks, nodes
 from raysed.cluster.checks import Node, Offer, Socket, TokenFile
+from raysed.cluster.connect import connect
 from raysed.cluster.doctor import as_text, examine, gpu_need
 from raysed.config import ClusterConfig, DataConfig, Experiment, ModelConfig, OptimConfig
 from raysed.core import memory, networks
+from raysed.errors import ResourcesError
 from raysed.io.storage import Storage
 from raysed.io.store import Store
 
@@ -510,3 +513,13 @@ def test_a_wrong_or_missing_token_is_one_line(head, token, tmp_path):
     assert "token" in first["text"]
     assert "\n" not in first["text"]
     assert done.returncode == first["code"] == 2
+
+
+def test_a_ray_that_does_not_start_is_one_line(monkeypatch):
+    def late(**settings):
+        raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setattr(ray, "init", late)
+    with pytest.raises(ResourcesError, match="Ray did not start on this machine"):
+        connect()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from processes import FAST, ROOT, environment, error_line
 
+from raysed.cluster import twin
 from raysed.cluster.chaos import small_store as small_store_at
 from raysed.cluster.local import LocalCluster, terminated
 from raysed.io.ledger import Ledger, verify
@@ -133,3 +134,22 @@ def test_without_the_right_token_nothing_is_submitted_or_reached(cluster, bucket
     )  # fmt: skip
     assert done.returncode == 2, done.stderr[-2000:]
     assert "token" in error_line(done)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("play", "setting"),
+    [(twin.elastic, {"nodes": 1}), (twin.autoscaled, {"cluster_file": twin.ROOT / "cluster.yaml"})],
+    ids=["elastic", "autoscaled"],
+)
+def test_nodes_that_come_and_go(play, setting):
+    """As `make twin ELASTIC=1` and `AUTOSCALE=1`: the plays raise if workers do not follow the nodes, or visits are lost."""
+    said: list[str] = []
+    with twin.Twin(said.append, **setting) as up:
+        facts = play(up)
+    if play is twin.elastic:
+        assert facts["workers"] == [1, 2, 1]
+        assert all(sum(c["visits"].values()) == c["tiles"] for c in facts["cycles"])
+    else:
+        assert facts["most_nodes"] >= 3
+        assert facts["seconds_from_last_worker_to_head_alone"] <= twin.GONE_SECONDS
