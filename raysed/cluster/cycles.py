@@ -75,7 +75,10 @@ from raysed.io.store import BadTile, Store, quarantine_table
 EXAMPLES, EXAMPLES_EVERY = 4, 5
 """Validation tiles that are pictured with label and prediction, and the cycles between pictures."""
 NOTICE_STEPS = 8
-"""Steps between two looks for a notice that a node is about to be taken away, and between two commits once there is one."""
+"""Steps between two looks for a notice that a node is about to be taken away, or for a wish that the run stops, and between two
+commits once there is a notice."""
+STOP_SECONDS = 30.0
+"""A run that is to stop trains its cycle to the end if that takes no longer; else it commits inside the cycle."""
 BEAT_SECONDS = 2.0
 """Between two signs of life of rank 0."""
 SKIPPED_STEPS = 3
@@ -94,13 +97,12 @@ def run(setup: Setup) -> None:
     if not start:
         return  # Ray restarts a group whose ranks raised; the error that was posted would only come again
     quiet_data()
-    if first:
-        threading.Thread(target=_beat, args=(setup.monitor,), daemon=True, name="raysed-beat").start()
+    beat = Beat(setup.monitor) if first else None
     try:
         if first and setup.arms[0].experiment.cluster.min_workers:
             setup.monitor.post.remote({"kind": "say", "text": f"{context.get_world_size()} workers train"})
         for arm in setup.arms:
-            if not Worker(setup, arm, start).run():
+            if not Worker(setup, arm, start, beat).run():
                 break
     except RaysedError as error:
         failed = {"kind": "failed", "error": type(error).__name__, "text": str(error)}
@@ -115,18 +117,30 @@ def run(setup: Setup) -> None:
         ray.get(setup.monitor.post.remote({"kind": "done"}))
 
 
-def _beat(monitor: ActorHandle) -> None:
-    with suppress(ray.exceptions.RayError):  # the monitor is gone: the run is over
-        while True:
-            ray.get(monitor.beat.remote())
-            time.sleep(BEAT_SECONDS)
+class Beat:
+    """Signs of life of rank 0 to the monitor, from a thread; the answer says whether the run is to stop."""
+
+    def __init__(self, monitor: ActorHandle) -> None:
+        self._monitor, self.stopping = monitor, False
+        threading.Thread(target=self._go_on, daemon=True, name="raysed-beat").start()
+
+    def _go_on(self) -> None:
+        with suppress(ray.exceptions.RayError):  # the monitor is gone: the run is over
+            while True:
+                asked: Any = self._monitor.beat.remote()
+                self.stopping = ray.get(asked)
+                time.sleep(BEAT_SECONDS)
+
+
+class StoppedInside(Exception):
+    """The run was to stop, and is committed inside a cycle."""
 
 
 class Worker:
-    """One rank of one arm, in the group of workers of this number."""
+    """One rank of one arm, in the group of workers of this number; rank 0 has a beat."""
 
-    def __init__(self, setup: Setup, arm: Arm, start: int) -> None:
-        self.setup, self.arm, self.exp = setup, arm, arm.experiment
+    def __init__(self, setup: Setup, arm: Arm, start: int, beat: Beat | None) -> None:
+        self.setup, self.arm, self.exp, self.beat = setup, arm, arm.experiment, beat
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device() if setup.device == "cuda" else torch.device("cpu")
@@ -195,6 +209,8 @@ class Worker:
                 if self._pending and self._pending.done():
                     self._settle()  # a commit that failed ends the run before another cycle is trained
                 self._survived(cycle)
+        except StoppedInside:
+            stop = True
         except Exception:
             with suppress(Exception):  # the first error counts; what was trained before it is committed
                 self._settle()
@@ -599,11 +615,16 @@ class Worker:
             )
             if self.learner.skipped:
                 self._left_out(opened, order, step)
-            if step + 1 < order.steps and self._is_due(step + 1):
+            if step + 1 == order.steps:
+                break
+            stopping = self._stops(part, step + 1, order.steps)
+            if self._is_due(step + 1) or stopping:
                 self._count(opened, part, step + 1)
                 if self.rank == 0:
                     self._commit_inside(opened)
                 part = Part(stream)
+            if stopping:
+                raise StoppedInside
         self.learner.estimate(
             (
                 [
@@ -640,6 +661,20 @@ class Worker:
         """Micro-batches of a step that hold tiles, over all ranks."""
         batch = self.exp.optim.batch
         return -(-min(batch, len(order.order) - step * batch) // self.exp.optim.micro_batch)
+
+    def _stops(self, part: "Part", done: int, steps: int) -> bool:
+        """Whether the run is to stop after so many steps of a cycle, on every rank alike."""
+        if done % NOTICE_STEPS:
+            return False
+        left = (time.perf_counter() - part.began) / max(len(part.losses), 1) * (steps - done)
+        stopping = self.beat is not None and self.beat.stopping and left > STOP_SECONDS
+        if self.workers > 1:
+            said = torch.tensor([int(stopping)], device=self.device)
+            dist.broadcast(said, 0)
+            stopping = bool(said.item())
+        if stopping and self.rank == 0:
+            self._say(f"stopping: committing after step {done} of {steps}")
+        return stopping
 
     def _is_due(self, done: int) -> bool:
         """Whether to commit inside the cycle after so many steps: asked for, or a node is about to be taken away."""

@@ -66,9 +66,10 @@ class Monitor:
         """Of the newest group."""
         self._beat = time.monotonic()
 
-    def beat(self) -> None:
-        """Rank 0 lives."""
+    def beat(self) -> bool:
+        """Rank 0 lives; whether it is asked to stop."""
         self._beat = time.monotonic()
+        return self.stopping
 
     def silent(self) -> float:
         """Seconds since rank 0 was last known to live, or since the start."""

@@ -1,6 +1,7 @@
 """The jobs as a user runs them: processes, exit codes, one line an error; killed and continued."""
 
 import json
+import re
 import runpy
 import shutil
 import signal
@@ -106,6 +107,30 @@ def test_a_signal_lets_the_cycle_commit_and_releases_the_run(small_store, tmp_pa
     assert seen["raysed_train_loss"] == pytest.approx(shown["train"]["loss"])
     assert b'"beat": -1' in ledger.storage.read(max(ledger.storage.list("leases")))
     assert verify(ledger, Store.open(small_store).split("train")) == []
+
+
+@pytest.mark.slow
+def test_a_signal_in_a_long_cycle_commits_inside_it(small_store, tmp_path):
+    """Two workers: both must agree where to stop."""
+    out = tmp_path / "run"
+    flags = ["--data", small_store, "--run", str(out), *FAST, "--arch", "unet", "--select.tiles", "120"]
+    flags += ["--optim.batch", "2", "--optim.micro-batch", "1", "--workers", "2", "--cycles"]
+    process = start("train", *flags, "2")
+    with terminated(process):
+        assert process.stdout
+        next(line for line in process.stdout if "1/2 " in line)
+        time.sleep(5)
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        rest = process.stdout.read()
+        assert process.wait(60) == 143
+    assert time.monotonic() - began < 45
+    assert re.search(r"stopping: committing after step \d+ of 60", rest)
+    assert len(Ledger(Storage(str(out))).manifests()) == 1
+    assert re.search(
+        r"continues after cycle 1 of 2 and step \d+ of cycle 2", run("train", *flags, "2").stdout
+    )
+    assert verify(Ledger(Storage(str(out))), Store.open(small_store).split("train")) == []
 
 
 def gauges(port: int) -> dict[str, float]:

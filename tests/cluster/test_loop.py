@@ -9,6 +9,7 @@ import time
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import torch
 
 import raysed
 from raysed.cluster import scoring
+from raysed.cluster.cycles import STOP_SECONDS, Worker
 from raysed.cluster.estimate import _scored, dry_run
 from raysed.cluster.launch import store_of
 from raysed.cluster.preflight import check_data
@@ -375,3 +377,18 @@ def test_a_run_goes_on_with_the_version_of_the_store_that_it_began_with(small_st
     ):
         assert store_of(other, said.append).dataset.version == 2
     assert not said
+
+
+def test_a_run_that_is_to_stop_commits_inside_a_cycle_that_is_long(monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(Worker, "_say", lambda self, text: said.append(text))
+    worker = object.__new__(Worker)
+    worker.rank, worker.workers, worker.beat = 0, 1, SimpleNamespace(stopping=True)
+    part = SimpleNamespace(began=time.perf_counter() - 8, losses=[torch.zeros(3)] * 8)  # a second a step
+    assert not worker._stops(part, 8, 8 + int(STOP_SECONDS) - 5)
+    assert not said
+    assert worker._stops(part, 8, 8 + int(STOP_SECONDS) + 5)
+    assert said == [f"stopping: committing after step 8 of {8 + int(STOP_SECONDS) + 5}"]
+    assert not worker._stops(part, 9, 1000)  # ranks look at the same steps
+    worker.beat.stopping = False
+    assert not worker._stops(part, 8, 1000)
