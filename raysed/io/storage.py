@@ -27,16 +27,18 @@ _CONCURRENCY = 16
 _PIECE = 8 << 20
 _ATTEMPTS = 6
 _PATIENCE = 45.0
-"""Seconds for which a busy store is asked again, after the attempts of the client library."""
+"""Seconds for which a busy store, or one that cannot be reached, is asked again, after the attempts of the client library."""
 _BUSY = (
     "SLOW_DOWN",
     "SERVICE_UNAVAILABLE",
     "INTERNAL_FAILURE",
     "HTTP status 50",
+    "NETWORK_CONNECTION",
+    "Could not connect to the endpoint",
     "Failed to flush response stream",
 )
-"""Answers (that to a HEAD has a status alone) after which pyarrow gives up before a busy store has caught its breath: its retries share a budget, which many concurrent
-reads use up, and the last of these (an error answer longer than the bytes asked for) it does not retry at all."""
+"""Answers (that to a HEAD has a status alone), or the lack of one, after which the client libraries give up before a store has caught its breath: their retries
+share a budget, which many concurrent reads use up, and the last of these (an error answer longer than the bytes asked for) is not retried at all."""
 _TAKEN = ("PreconditionFailed", "ConditionalRequestConflict")
 """Answers to a conditional put of an object that exists, or that somebody else is putting."""
 _CONNECT, _REQUEST = 5, 30
@@ -145,14 +147,21 @@ class Storage:
             return self._try(path, lambda: _link_new(full, data))
         from botocore.exceptions import BotoCoreError
 
-        for _ in range(_ATTEMPTS):
+        def put() -> None:
             try:
                 self._s3fs.pipe_file(full, data, mode="create")
-                return True
-            except (OSError, BotoCoreError) as error:
+            except BotoCoreError as error:
+                raise OSError(str(error)) from error
+            except OSError as error:
                 code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
-                if not isinstance(error, FileExistsError) and code not in _TAKEN:
-                    raise StorageError(f"{self.uri}/{path}: {_line(error)}") from error
+                if code in _TAKEN:
+                    raise FileExistsError(path) from error
+                raise
+
+        for _ in range(_ATTEMPTS):
+            with contextlib.suppress(FileExistsError):
+                self._try(path, put)
+                return True
             with contextlib.suppress(FileNotFoundError):  # the put that was in the way came to nothing
                 return self.read(path) == data
         raise StorageError(f"{self.uri}/{path}: {_ATTEMPTS} puts met another one, and no object is there")
@@ -210,7 +219,7 @@ class Storage:
         while True:
             try:
                 return action()
-            except FileNotFoundError:
+            except (FileNotFoundError, FileExistsError):
                 raise
             except OSError as error:
                 busy = not self.is_local and any(word in str(error) for word in _BUSY)

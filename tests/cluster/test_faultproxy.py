@@ -136,8 +136,9 @@ def test_a_store_that_stays_busy_is_not_asked_for_ever(storage, proxy, monkeypat
 
 @pytest.mark.timeout(120)
 def test_a_long_outage_ends_in_a_stated_time(storage, proxy, monkeypatch):
-    """With half of the attempts, to be quick; all of them take 22 s."""
+    """With half of the attempts and little patience, to be quick."""
     monkeypatch.setattr("raysed.io.storage._ATTEMPTS", 3)
+    monkeypatch.setattr("raysed.io.storage._PATIENCE", 3.0)
     storage.write("a", b"x")
     proxy.add(Rule("refuse"))
     for action in (lambda: storage.read("a"), lambda: storage.create("b", b"x")):
@@ -145,6 +146,20 @@ def test_a_long_outage_ends_in_a_stated_time(storage, proxy, monkeypatch):
         with pytest.raises(StorageError, match="s3://raysed/"):
             action()
         assert time.monotonic() - began < 20
+
+
+def test_an_outage_is_outlasted_when_the_client_has_no_attempts_left(storage, proxy, monkeypatch):
+    """Many reads at once use up the budget of retries that the client library has for all of them."""
+    storage.write("a", b"x")
+    monkeypatch.setattr("raysed.io.storage._ATTEMPTS", 1)
+    fresh = Storage(storage.uri)
+    for action in (
+        lambda: fresh.read("a") == b"x",
+        lambda: fresh.create("b", b"y"),
+        lambda: fresh.exists("b"),
+    ):
+        proxy.add(Rule("refuse", seconds=4))
+        assert action()
 
 
 def test_nobody_else_is_given_the_port_while_it_refuses(proxy):

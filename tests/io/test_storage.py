@@ -24,8 +24,9 @@ def storage(request, tmp_path):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Two attempts instead of six."""
+    """Two attempts instead of six, and not again for long."""
     monkeypatch.setattr("raysed.io.storage._ATTEMPTS", 2)
+    monkeypatch.setattr("raysed.io.storage._PATIENCE", 1.0)
 
 
 def test_write_read_list_remove(storage):
