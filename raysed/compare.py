@@ -82,13 +82,24 @@ def run_all(
         else:
             left.append((name, experiment))
 
-    def ended(number: int) -> None:
+    over: list[int] = []
+
+    def collected(number: int, *, measured: bool) -> None:
         name, experiment = left[number]
-        found = runfile.collect(Storage(str(experiment.run)), name, experiment.seed, store, evidence=evidence)
+        run = Storage(str(experiment.run))
+        found = runfile.collect(run, name, experiment.seed, store, evidence=evidence, measured=measured)
         results.write(found.path, found.to_bytes())
 
+    def ended(number: int) -> None:
+        over.append(number)
+        collected(number, measured=False)
+
     named = [(f"{name}, seed {experiment.seed}", experiment) for name, experiment in left]
-    return carry_out_all(named, say=say, ended=ended, hold=os.environ.get("RAYSED_HOLD")) if left else 0
+    code = carry_out_all(named, say=say, ended=ended, hold=os.environ.get("RAYSED_HOLD")) if left else 0
+    if not evidence and code not in EXIT_INTERRUPTED.values():
+        for number in over:  # now that no other run takes from the time of its forward passes
+            collected(number, measured=True)
+    return code
 
 
 def plan(

@@ -104,7 +104,9 @@ def read(storage: Storage, path: str) -> RunFile:
     return RunFile(name, seed, head, cycles)
 
 
-def collect(run: Storage, name: str, seed: int, store: Store, *, evidence: bool = False) -> RunFile:
+def collect(
+    run: Storage, name: str, seed: int, store: Store, *, evidence: bool = False, measured: bool = True
+) -> RunFile:
     """What a run directory holds so far.
 
     Args:
@@ -114,6 +116,7 @@ def collect(run: Storage, name: str, seed: int, store: Store, *, evidence: bool 
         store: its tile store.
         evidence: of a finished run take what evidence needs: its selections replayed and described, the counts of each source.
             Otherwise its network is measured, which takes minutes.
+        measured: False leaves that out for now, because other runs would be in the way of it.
 
     Raises:
         UsageError: no run there.
@@ -142,7 +145,7 @@ def collect(run: Storage, name: str, seed: int, store: Store, *, evidence: bool 
         facts["picks"] = picks_of(ledger, manifests, store, experiment)
         facts["sources"] = sources_of(ledger, manifests)
         facts["replay"] = verify(ledger, store.split("train"))
-    elif len(manifests) >= experiment.cycles:
+    elif len(manifests) >= experiment.cycles and measured:
         facts["network"] = network_facts(experiment, store)
         facts["robustness"] = robustness(ledger, manifests[-1], store)
     cycles = [
