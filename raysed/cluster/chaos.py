@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -376,16 +376,21 @@ class Trial:
         wrong = verify(self.ledger, tiles.split("train"))
         if self.compared:
             wrong += difference(Ledger(Storage(self.calm())), self.ledger)
+        trace: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        of_cycle: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+        for e in self.events():  # once: a soak has a thousand cycles
+            trace[e["event"]].append(e)
+            of_cycle["commit" if e["event"] == "committed" else e["event"], e.get("cycle", -1)].append(e)
         for manifest in self.ledger.manifests():
-            commit = [e for e in self.events("commit", "committed") if e["cycle"] == manifest.cycle][-1]
-            group = {e["rank"]: e["pid"] for e in self.events("start") if e["at"] < commit["at"]}
+            commit = of_cycle["commit", manifest.cycle][-1]
+            group = {e["rank"]: e["pid"] for e in trace["start"] if e["at"] < commit["at"]}
             ranks = {
                 **group,
                 0: commit["pid"],
             }.values()  # those that made the commit, not one that was overtaken
-            taken = [e for e in self.events("tiles") if e["cycle"] == manifest.cycle]
+            taken = of_cycle["tiles", manifest.cycle]
             back = {
-                e["pid"]: e["at"] for e in self.events("resumed") if e["at"] < commit["at"]
+                e["pid"]: e["at"] for e in trace["resumed"] if e["at"] < commit["at"]
             }  # training that diverged goes back
             mine = [e for e in taken if e["pid"] in ranks and e["at"] > back.get(e["pid"], 0.0)]
             steps = self.inside.get(manifest.cycle, 0)  # of each rank before, with one micro-batch a step
