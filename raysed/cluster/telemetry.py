@@ -59,6 +59,8 @@ class Monitor:
 
         self.gauges = {name: Gauge(name, text, tag_keys=("arm", "phase")) for name, text in GAUGES.items()}
         self.events: list[dict[str, Any]] = []
+        """Those that the driver has yet to hear: a run of weeks keeps no others."""
+        self.heard, self.failed = 0, False
         self.changed = threading.Condition()
         self.allowed, self.stopping = allowed, False
         self.groups, self.fruitless, self.last_error = 0, 0, ""
@@ -102,14 +104,17 @@ class Monitor:
             for name, phase, value in gauge_values(event["manifest"], event["scorers"]):
                 self.gauges[name].set(value, {"arm": event["arm"], "phase": phase})
         with self.changed:
+            self.failed |= event["kind"] == "failed"
             self.events.append(event)
             self.changed.notify_all()
 
     def wait(self, seen: int, timeout: float) -> list[dict[str, Any]]:
-        """Events after the first `seen`, as soon as there is one, or none after `timeout` seconds."""
+        """Events after the first `seen`, as soon as there is one, or none after `timeout` seconds; the first ones are forgotten."""
         with self.changed:
-            self.changed.wait_for(lambda: len(self.events) > seen, timeout)
-            return self.events[seen:]
+            del self.events[: seen - self.heard]
+            self.heard = seen
+            self.changed.wait_for(lambda: bool(self.events), timeout)
+            return list(self.events)
 
     def allow(self, cycles: int | None, *, stop: bool) -> None:
         """So many cycles may run, and none after this one if the run is to stop."""
@@ -125,7 +130,7 @@ class Monitor:
 
     def has_failed(self) -> bool:
         """Whether a rank has posted the error that ends the run."""
-        return any(e["kind"] == "failed" for e in self.events)
+        return self.failed
 
 
 class Progress:

@@ -392,3 +392,14 @@ def test_a_run_that_is_to_stop_commits_inside_a_cycle_that_is_long(monkeypatch):
     assert not worker._stops(part, 9, 1000)  # ranks look at the same steps
     worker.beat.stopping = False
     assert not worker._stops(part, 8, 1000)
+
+
+def test_events_that_the_driver_has_heard_are_forgotten():
+    monitor = Monitor()
+    for n in range(3):
+        monitor.post({"kind": "say", "text": str(n)})
+    assert [e["text"] for e in monitor.wait(0, 0.0)] == ["0", "1", "2"]
+    monitor.post({"kind": "failed", "error": "X", "text": "3"})
+    assert [e["text"] for e in monitor.wait(2, 0.0)] == ["2", "3"]  # an answer that was lost is given again
+    assert monitor.wait(4, 0.0) == monitor.events == []
+    assert monitor.has_failed()
