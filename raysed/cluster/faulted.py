@@ -104,11 +104,9 @@ def _no_hash_check(ledger: ModuleType) -> None:
 
 
 def _no_fencing(ledger: ModuleType) -> None:
-    ledger.Ledger._fence = lambda self: None
-
-
-def _one_folder(ledger: ModuleType) -> None:
+    """Neither the look at the lease nor the token in the paths, each of which keeps a driver that was overtaken from harm."""
     begin = ledger.Ledger.__init__
+    ledger.Ledger._fence = lambda self: None
 
     def begun(self: Any, storage: Any, epoch: int | None = None, start: int = 1) -> None:
         begin(self, storage, epoch)
@@ -159,7 +157,6 @@ MUTANTS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "manifest-first": ("raysed.io.ledger", _manifest_first),
     "no-hash-check": ("raysed.io.ledger", _no_hash_check),
     "no-fencing": ("raysed.io.ledger", _no_fencing),
-    "one-folder": ("raysed.io.ledger", _one_folder),
     "no-blame": ("raysed.cluster.scoring", _no_blame),
     "no-notice": ("raysed.cluster.cycles", _no_notice),
     "no-budget": ("raysed.cluster.cycles", _no_budget),

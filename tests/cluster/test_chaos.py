@@ -57,7 +57,7 @@ def test_nothing_is_lost(name, request):
         ("F20 no manifest", "seed-by-call", "differences"),
         ("F11 SlowDown 5 s", "no-retry", "exit code 6"),
         ("F12 flipped and cut tiles", "no-reread", "exit code 4"),
-        pytest.param("F22 overtaken before it writes", "one-folder", "sha256", marks=pytest.mark.slow),
+        pytest.param("F22 overtaken before it writes", "no-fencing", "sha256", marks=pytest.mark.slow),
     ],
 )
 def test_a_guard_left_out_turns_its_row_red(name, mutant, text, request, monkeypatch):
