@@ -46,6 +46,10 @@ _CONNECT, _REQUEST = 5, 30
 _T = TypeVar("_T")
 
 
+class _PathTaken(Exception):
+    """A conditional put met an object."""
+
+
 class Seen(NamedTuple):
     """What a store tells of an object without reading it; other bytes of the same path have another one."""
 
@@ -154,12 +158,12 @@ class Storage:
                 raise OSError(str(error)) from error
             except OSError as error:
                 code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
-                if code in _TAKEN:
-                    raise FileExistsError(path) from error
+                if isinstance(error, FileExistsError) or code in _TAKEN:
+                    raise _PathTaken from error
                 raise
 
         for _ in range(_ATTEMPTS):
-            with contextlib.suppress(FileExistsError):
+            with contextlib.suppress(_PathTaken):
                 self._try(path, put)
                 return True
             with contextlib.suppress(FileNotFoundError):  # the put that was in the way came to nothing
@@ -219,7 +223,7 @@ class Storage:
         while True:
             try:
                 return action()
-            except (FileNotFoundError, FileExistsError):
+            except FileNotFoundError:
                 raise
             except OSError as error:
                 busy = not self.is_local and any(word in str(error) for word in _BUSY)

@@ -162,7 +162,7 @@ def test_an_object_deleted_between_index_and_read_ends_with_code_4(object_server
 @pytest.mark.parametrize(
     ("change", "argv", "code"),
     [
-        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, [], 6),
+        pytest.param({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, [], 6, marks=pytest.mark.slow),
         ({"AWS_SECRET_ACCESS_KEY": "wrong-secret"}, [], 6),
         ({}, ["--data", "s3://no-such-bucket/tiles"], 2),
         ({}, ["--run", "s3://no-such-bucket/run"], 6),
