@@ -237,8 +237,7 @@ class ScorerPool:
 
     def renew(self, dead: ActorHandle) -> ActorHandle:
         """One in place of a scorer that has died."""
-        with contextlib.suppress(Exception):
-            ray.kill(dead)  # it may live, out of reach
+        ray.kill(dead)  # it may live, out of reach
         fresh = self._made()
         self.scorers = [fresh if s == dead else s for s in self.scorers]
         return fresh
