@@ -63,6 +63,7 @@ def test_make_takes_python_3_11_only_if_it_can_make_an_environment(tmp_path, cod
         (tmp_path / name).write_text(f"#!/bin/sh\nexit {status}\n")
         (tmp_path / name).chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    make = ["make", "-f", str(PACKAGE.parent / "Makefile"), "--eval", "base: ; @echo $(BASE)", "base"]
+    make = ["make", "--no-print-directory", "-f", str(PACKAGE.parent / "Makefile")]
+    make += ["--eval", "base: ; @echo $(BASE)", "base"]
     done = subprocess.run(make, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(tmp_path / taken)
