@@ -54,6 +54,7 @@ from raysed.io.store import LOCATION, Locations, Store, Tile, read_tiles
 
 CPU = torch.device("cpu")
 ARCH = "efficientunet-b0"
+ARCHS = ("unet", ARCH, "efficientunet-b4")
 TILES = 96
 """A cycle, in rows that train."""
 CYCLES = 7
@@ -101,6 +102,7 @@ GOALS = {
     "commit": Goal("% of the step time", 1, False, "time a warm cycle is blocked by its commit over the time it trains"),
     "parameters": Goal("million", None, True, "parameters of unet; efficientunet-b0 and -b4 stand in the samples"),
     "latency": Goal("ms", None, False, "forward pass of one 256 px tile by efficientunet-b0; unet and -b4 stand in the samples"),
+    "step memory": Goal("GiB", None, False, "what a process grows by at most in a training step of four 256 px tiles by efficientunet-b0; unet and -b4 stand in the samples"),
 }  # fmt: skip
 """Every row with its goal."""
 
@@ -674,18 +676,23 @@ def controller_costs(exponent: int) -> tuple[list[float], float]:
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-CONTROLLER_SECONDS = 600
-"""After which the controller's process is given up."""
+PROCESS_SECONDS = 600
+"""After which a process of its own is given up."""
 
 
 def controller_turn(exponent: int) -> tuple[list[float], float]:
     """`controller_costs` in a process of its own."""
     code = f"import json; from raysed.cluster.bench import controller_costs; print(json.dumps(controller_costs({exponent})))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=CONTROLLER_SECONDS
-    )
-    seconds, peak = json.loads(done.stdout)
+    seconds, peak = json.loads(_printed(code))
     return seconds, peak
+
+
+def _printed(code: str) -> str:
+    """What a process of its own prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=PROCESS_SECONDS
+    )
+    return done.stdout
 
 
 def controller(bench: Bench, exponent: int) -> Row:
@@ -701,8 +708,7 @@ def controller_memory(bench: Bench) -> Row:
 
 def parameters(bench: Bench) -> Row:
     counts = {
-        a: sum(p.numel() for p in networks.build(a, bench.classes, 0).parameters()) / 1e6
-        for a in ("unet", ARCH, "efficientunet-b4")
+        a: sum(p.numel() for p in networks.build(a, bench.classes, 0).parameters()) / 1e6 for a in ARCHS
     }
     return row("parameters", [counts["unet"]], [{k: round(v, 2) for k, v in counts.items()}])
 
@@ -711,12 +717,31 @@ def latency(bench: Bench) -> Row:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     x = torch.rand(1, 3, 256, 256).contiguous(memory_format=torch.channels_last)
     times: dict[str, list[float]] = {}
-    for arch in ("unet", ARCH, "efficientunet-b4"):
+    for arch in ARCHS:
         net = networks.build(arch, bench.classes, 0).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         scored(net, x, resolve_precision("auto", CPU))
         forward = partial(scored, net, x, resolve_precision("auto", CPU))
         times[arch] = [1e3 * timed(forward) for _ in range(7)]
     return row("latency", times[ARCH], [{k: round(float(np.median(v)), 1) for k, v in times.items()}])
+
+
+def step_growth(arch: str, classes: int) -> float:
+    """GiB by which this process grows at most while it makes a network and takes a training step."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    net = networks.build(arch, classes, 0)
+    precision = resolve_precision("auto", CPU)
+    learner = Learner(net, alpha=np.ones(classes, np.float32), gamma=2, batch=4, precision=precision)
+    tiles = np.zeros((4, 256, 256, 3), np.uint8), np.ones((4, 256, 256), np.uint8)
+    learner.step([MicroBatch(0, *to_device(*tiles, CPU))], lr=1e-6, key=("bench",), total=1)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+
+
+def step_memory(bench: Bench) -> Row:
+    grown = {}
+    for arch in ARCHS:
+        code = f"from raysed.cluster.bench import step_growth; print(step_growth({arch!r}, {bench.classes}))"
+        grown[arch] = float(_printed(code))
+    return row("step memory", [grown[ARCH]], [{k: round(v, 2) for k, v in grown.items()}])
 
 
 SHARE = 0.2
@@ -780,6 +805,7 @@ ROWS: dict[str, Callable[[Bench], Row]] = {
     "controller memory": controller_memory,
     "parameters": parameters,
     "latency": latency,
+    "step memory": step_memory,
 }
 
 
