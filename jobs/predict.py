@@ -77,7 +77,7 @@ def job(argv: Sequence[str]) -> None:
     args = parser.parse(argv)
     settings = Settings(overlap=args.overlap, entropy=args.entropy, probabilities=args.probabilities)
     model = load_any(args.model, args.cycle, args.data)
-    images = find_images(args.source)
+    images = find_images(args.source, args.target)
     labels = find_labels(args.labels, images, model.record.classes) if args.labels else None
 
     def say(line: str) -> None:

@@ -3,6 +3,7 @@
 Nothing holds more than a block, so memory does not grow with the image (PNG and JPEG are decoded whole).
 """
 
+import itertools
 import json
 import queue
 import threading
@@ -94,9 +95,13 @@ class Task:
 
     def outputs(self, image: Image) -> list[str]:
         """Paths of its outputs, the map last."""
-        found = [f"{image.name}.entropy{image.ending}"] * self.settings.entropy
-        found += [f"{image.name}.probabilities.tif"] * self.settings.probabilities
-        return [*found, image.name + image.ending]
+        wanted = (self.settings.entropy, self.settings.probabilities)
+        return [*itertools.compress(extras(image), wanted), image.name + image.ending]
+
+
+def extras(image: Image) -> tuple[str, str]:
+    """Paths of the entropy and the probabilities beside its map."""
+    return f"{image.name}.entropy{image.ending}", f"{image.name}.probabilities.tif"
 
 
 def open_image(image: Image, task: Task) -> Raster:

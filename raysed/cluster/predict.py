@@ -11,8 +11,10 @@ last is there.  OUTPUT: a target folder of maps.  What is in it:
 """
 
 import json
+import os
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -31,6 +33,7 @@ from raysed.cluster.mapper import (
     Task,
     assemble,
     count,
+    extras,
     plan_image,
     reason_of,
 )
@@ -39,7 +42,7 @@ from raysed.cluster.tasks import TASK_CPUS
 from raysed.config import ClusterConfig
 from raysed.core import metrics
 from raysed.core.windows import Block
-from raysed.errors import RaysedError, ResourcesError, UsageError
+from raysed.errors import RaysedError, ResourcesError, StorageError, UsageError
 from raysed.io.imagery import Image
 from raysed.io.model import Model
 from raysed.io.sources import BadSource
@@ -98,6 +101,9 @@ def _answer(task: Task, image: Image, label: Image | None, work: Callable[[], No
         found["bad"] = str(error)
     except RaysedError as error:
         found |= {"error": type(error).__name__, "text": str(error)}
+    except OSError as error:  # of the disk on which maps are made: storage and sources raise their own
+        text = f"{image.path}: its map cannot be made in {tempfile.gettempdir()} (TMPDIR chooses another place): {error}"
+        found |= {"error": StorageError.__name__, "text": text}
     return json.dumps(found)
 
 
@@ -172,16 +178,17 @@ def predict(
         UsageError: outputs are there that are not of this model, these settings and these images.
         ResourcesError: the cluster has no room.
     """
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers must be at least 1, got {workers}")
     began = time.monotonic()
-    storage = Storage(target)
+    storage, labels = Storage(target), labels or {}
     task = Task(model.record, settings, storage.uri)
-    todo = unmade(storage, task, images, overwrite=overwrite)
+    todo = unmade(storage, task, images, labels.values(), overwrite=overwrite)
     model.network()  # weights that do not fit are told before the cluster is asked
     connect()
-    check_paths(
-        {uri: uri for uri in (storage.uri, *sorted({i.root for i in images}))}, shared=shared_filesystem
-    )
-    outcome, labels = Outcome(len(model.record.classes)), labels or {}
+    roots = {i.root for i in (*images, *labels.values())}
+    check_paths({uri: uri for uri in (storage.uri, *sorted(roots))}, shared=shared_filesystem)
+    outcome = Outcome(len(model.record.classes))
     plans = _plans(todo, labels, task, outcome)
     _say_notes(plans, task, say)
     finished = {i.name for i in images} - {i.name for i in todo}
@@ -235,29 +242,40 @@ def predict(
     return result
 
 
-def unmade(storage: Storage, task: Task, images: Sequence[Image], *, overwrite: bool) -> list[Image]:
+def unmade(
+    storage: Storage,
+    task: Task,
+    images: Sequence[Image],
+    labels: Iterable[Image] = (),
+    *,
+    overwrite: bool,
+) -> list[Image]:
     """Images whose maps are to be made; outputs of others are refused, or removed if asked to.
 
     Args:
         storage: the target.
         task: what to make.
         images: to be mapped.
+        labels: that the maps are compared with.
         overwrite: make all anew, also those that are finished.
 
     Raises:
-        UsageError: a map would replace an image, or outputs are there that are not of this model, these settings and these
-            images.
+        UsageError: a map would replace an image, a label or another map, or outputs are there that are not of this model, these
+            settings and these images.
     """
     there = storage.list()
-    sources = {f"{i.root}/{i.path}" for i in images}
+    sources = {_real(f"{i.root}/{i.path}") for i in (*images, *labels)}
     stale: list[str] = []
-    todo = []
+    todo, makers = [], dict[str, Image]()
     for image in images:
         outputs = task.outputs(image)
-        if hit := [p for p in outputs if f"{storage.uri}/{p}" in sources]:
-            raise UsageError(
-                f"the map {storage.uri}/{hit[0]} would replace an image: choose another --target"
-            )
+        for path in outputs:
+            if _real(f"{storage.uri}/{path}") in sources:
+                raise UsageError(
+                    f"{storage.uri}/{path} would replace an image or a label: choose another --target"
+                )
+            if (other := makers.setdefault(path, image)) is not image:
+                raise UsageError(f"{image.path} and {other.path} would both give {storage.uri}/{path}")
         own = task.marker(image) in there
         if own and not overwrite and all(p in there for p in outputs):
             continue
@@ -272,9 +290,22 @@ def unmade(storage: Storage, task: Task, images: Sequence[Image], *, overwrite: 
     markers = {i.name: task.marker(i) for i in todo}
     # the outputs first: without a marker they are nobody's; the markers always: those of maps that were deleted would claim these
     others = [p for p in there if p.startswith("made/") and p != markers.get(_marked(p), p)]
+    theirs = {_marked(p) for p in others}
+    for image in (i for i in todo if i.name in theirs):  # layers of that model and those settings
+        stale += [p for p in extras(image) if p in there and p not in makers]
+    pieces = {i.name: task.pieces(i) for i in todo}
+    for path in (p for p in there if p.startswith("pieces/")):
+        folder = path.rpartition("/")[0]
+        if folder != pieces.get(_marked(folder), folder):
+            others.append(path)
     for path in (*stale, *others):
         storage.remove(path)
     return todo
+
+
+def _real(uri: str) -> str:
+    """A local path without links, by which two names of a file are one."""
+    return uri if "://" in uri else os.path.realpath(uri)
 
 
 def _marked(marker: str) -> str:

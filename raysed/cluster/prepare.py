@@ -411,7 +411,7 @@ def read_headers(batch: dict[str, np.ndarray], root: str, rule: Rule) -> list[di
             height, width = sources.size(Storage(root), source, rule)
             found.append({"name": source.name, "height": height, "width": width})
         except BadSource as error:
-            found.append({"name": source.name, "reason": str(error), "sha256": error.sha256})
+            found.append({"name": source.name, "reason": str(error), "sha256": error.sha256(Storage(root))})
     return found
 
 
@@ -426,15 +426,16 @@ def write_parts(
 ) -> list[dict[str, int]]:
     """INPUT: shards to make.  OUTPUT: tiles written; the shard and its piece of the index are in the target then."""
     storage, made = Storage(target), []
+    images = Storage(root) if root else None
     for part, text in zip(batch["part"], batch["work"], strict=True):
         rows: list[dict[str, Any]] = []
         bad: list[BadTile] = []
         for fields in json.loads(text):
             work = Work(**{**fields, "source": Source(**fields["source"])})
             try:
-                rows += list(_cut(Storage(root) if root else None, work, settings, lookup, classes))
+                rows += list(_cut(images, work, settings, lookup, classes))
             except BadSource as error:
-                bad.append(BadTile(work.source.name, str(error), error.sha256))
+                bad.append(BadTile(work.source.name, str(error), error.sha256(images) if images else ""))
         piece = (
             store.write_shard(storage, f"shards/part-{part:05d}.parquet", rows)
             if rows

@@ -37,12 +37,13 @@ class Image:
         return ".tif" if self.path.lower().endswith((".tif", ".tiff")) else ".png"
 
 
-def find_images(given: str) -> tuple[Image, ...]:
+def find_images(given: str, target: str | None = None) -> tuple[Image, ...]:
     """The images that an argument names, sorted by name.
 
     Args:
         given: an image; a folder or s3:// prefix (its `images/`, if there is one, else everything below but `labels/`); a glob
             (`*`, `?`, and `**` for folders); or a .txt file of these images, one a line, relative to its own folder.
+        target: folder of the maps; what lies below it is no image where it lies below what was given.
 
     Raises:
         UsageError: nothing there, a VRT, or two images of the same name.
@@ -55,6 +56,9 @@ def find_images(given: str) -> tuple[Image, ...]:
         found = _one(given)
     else:
         found = _below(Storage(given))
+    if target:
+        maps = Storage(target).uri
+        found = [i for i in found if i.root == maps or not f"{i.root}/{i.path}".startswith(f"{maps}/")]
     if not found:
         raise UsageError(f"{given} holds no image ({', '.join(ENDINGS)})")
     by_name: dict[str, Image] = {}
@@ -124,6 +128,8 @@ def _images(storage: Storage, wanted: Iterable[str], there: dict[str, Seen], bas
     found = []
     for path in wanted:
         _check_kind(f"{storage.uri}/{path}")
+        if any("\ud800" <= sign <= "\udfff" for sign in path):  # how Python keeps bytes that are no UTF-8
+            raise UsageError(f"{storage.uri}: the name {path!a} is no UTF-8: rename the file")
         if path.lower().endswith(ENDINGS) and not PurePosixPath(path).name.startswith("."):
             name = str(PurePosixPath(path).relative_to(base).with_suffix(""))
             found.append(Image(name, storage.uri, path, *there[path]))

@@ -116,12 +116,27 @@ class BadSource(Exception):
 
     Args:
         reason: what was found.
-        sha256: of the offending file's bytes, empty if there are none.
+        path: of the offending file, empty if it is missing.
+        size: of that file, bytes.
     """
 
-    def __init__(self, reason: str, sha256: str = "") -> None:
+    def __init__(self, reason: str, path: str = "", size: int = 0) -> None:
         super().__init__(reason)
-        self.sha256 = sha256
+        self.path, self.size = path, size
+
+    def sha256(self, storage: Storage) -> str:
+        """Of the offending file's bytes, which are read in whole; empty if there are none.
+
+        Raises:
+            StorageError: the storage cannot be reached.
+        """
+        if not self.path:
+            return ""
+        sha = hashlib.sha256()
+        for start in range(0, self.size, FETCHED):
+            span = start, min(FETCHED, self.size - start)
+            sha.update(storage.read_ranges(self.path, [span])[0])
+        return sha.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -500,6 +515,8 @@ class Raster:
         self.width, self.height = self._image.size
         mode, names = self._image.mode, self._image.getbands()
         kind = "uint8" if mode in ("RGB", "RGBA", "L", "LA") or (mode, self.bands) == ("P", 1) else mode
+        if len(names) > 1 and any(";16" in str(part[3]) for part in self._image.tile):
+            kind = "uint16 (of which a PNG would give the upper halves: make a GeoTIFF of it)"
         self._check(len(names), {"uint16" if mode == "I;16" else kind}, MAX_WHOLE)
 
     def _check(self, bands: int, kinds: set[str], limit: int) -> None:
@@ -574,11 +591,7 @@ class Raster:
             StorageError: it is the storage that failed, not the file.
         """
         self._storage_held()
-        sha, size = hashlib.sha256(), self.size or 0
-        for start in range(0, size, FETCHED):
-            span = start, min(FETCHED, size - start)
-            sha.update(self.storage.read_ranges(self.path, [span])[0])
-        return BadSource(f"{self.path} {what}", sha.hexdigest())
+        return BadSource(f"{self.path} {what}", self.path, self.size or 0)
 
     def _storage_held(self) -> None:
         """Raise what went wrong in the storage: a decoder takes a lost range for a broken file, or for none at all."""
@@ -599,7 +612,9 @@ def size(storage: Storage, source: Source, rule: Rule) -> tuple[int, int]:
 
 
 def ground_size(crs: str | None, transform: Sequence[float] | None) -> tuple[float, float] | None:
-    """Height and width of a pixel in metres of the CRS; None without a place on earth, or in degrees."""
+    """Height and width of a pixel in metres of the CRS, in a Mercator projection on the ground of the first pixel; None without a
+    place on earth, or in degrees.
+    """
     if not crs or transform is None:
         return None
     from rasterio.crs import CRS
@@ -608,7 +623,15 @@ def ground_size(crs: str | None, transform: Sequence[float] | None) -> tuple[flo
     if not parsed.is_projected:
         return None
     unit = parsed.linear_units_factor[1]
-    a, b, _, d, e, _ = transform
+    a, b, c, d, e, f = transform
+    if (known := parsed.to_dict()).get("proj") in (
+        "merc",
+        "webmerc",
+    ):  # stretched by latitude, not only in places
+        from rasterio.warp import transform as moved
+
+        latitude = moved(parsed, "EPSG:4326", [c], [f])[1][0]
+        unit *= math.cos(math.radians(latitude)) / math.cos(math.radians(known.get("lat_ts", 0)))
     return math.hypot(b, e) * unit, math.hypot(a, d) * unit
 
 

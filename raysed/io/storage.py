@@ -149,13 +149,10 @@ class Storage:
         full = self._full(path)
         if self.is_local:
             return self._try(path, lambda: _link_new(full, data))
-        from botocore.exceptions import BotoCoreError
 
         def put() -> None:
             try:
-                self._s3fs.pipe_file(full, data, mode="create")
-            except BotoCoreError as error:
-                raise OSError(str(error)) from error
+                _by_s3fs(lambda: self._s3fs.pipe_file(full, data, mode="create"))
             except OSError as error:
                 code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
                 if isinstance(error, FileExistsError) or code in _TAKEN:
@@ -258,9 +255,8 @@ class Storage:
                 raise
             _fsync_directory(full)
             return
-        with open(file, "rb") as source, self._arrow.open_output_stream(full) as stream:
-            while piece := source.read(_PIECE):
-                stream.write(piece)
+        # an output stream of pyarrow completes its upload when it is closed, also by an exception in the middle
+        _by_s3fs(lambda: self._s3fs.put_file(file, full, chunksize=_PIECE, max_concurrency=2))
 
     def _list(self, full: str) -> dict[str, Seen]:
         if self.is_local:
@@ -321,6 +317,16 @@ class Storage:
             "retries": {"max_attempts": _ATTEMPTS, "mode": "standard"},
         }
         return s3fs.S3FileSystem(endpoint_url=endpoint, config_kwargs=limits, skip_instance_cache=True)
+
+
+def _by_s3fs(action: Callable[[], None]) -> None:
+    """An action whose errors are all `OSError`."""
+    from botocore.exceptions import BotoCoreError
+
+    try:
+        action()
+    except BotoCoreError as error:
+        raise OSError(str(error)) from error
 
 
 def _place() -> tuple[str | None, str | None]:

@@ -1,6 +1,7 @@
 """Images to maps: place and size kept, valid Cloud Optimized GeoTIFFs, no seams, kills, bad files, scores."""
 
 import json
+import os
 import runpy
 import sys
 from dataclasses import replace
@@ -272,9 +273,9 @@ def test_outputs_of_others_are_refused_before_anything_starts(tmp_path):
             run(tmp_path / "in", tmp_path / "in", overwrite=overwrite)
 
 
-def make_map(net: model.Model, folder: Path, target: Path) -> Task:
+def make_map(net: model.Model, folder: Path, target: Path, **settings) -> Task:
     """Map the one small image of a folder without Ray."""
-    task = Task(net.record, Settings(), str(target))
+    task = Task(net.record, Settings(**settings), str(target))
     [plan] = plans_of(folder, task)
     make_blocks(task, plan, net)
     return task
@@ -419,6 +420,47 @@ def test_an_autoscaler_starts_the_nodes_that_maps_ask_for(tmp_path):
         assert "2 x pair (2 CPU)" in said
 
 
+def test_overwrite_leaves_no_layer_of_another_model_beside_the_new_map(tmp_path):
+    write_tiff(tmp_path / "in/scene.tif", pixels(70, 70))
+    images = find_images(str(tmp_path / "in"))
+    make_map(small_model(), tmp_path / "in", tmp_path / "out", entropy=True)
+    target = Storage(str(tmp_path / "out"))
+    target.write("pieces/other/scene@1/0", b"unfinished")
+    target.write("pieces/other/elsewhere@1/0", b"of another job")
+    target.write("scene.probabilities.csv", b"somebody's")
+    assert "scene.entropy.tif" in target.list()
+    task = Task(small_model().record, Settings(), target.uri)
+    assert unmade(target, task, images, overwrite=True) == list(images)
+    assert sorted(target.list()) == ["pieces/other/elsewhere@1/0", "scene.probabilities.csv"]
+
+
+def test_maps_replace_no_image_no_label_and_no_other_map(tmp_path):
+    write_tiff(tmp_path / "in/scene.tif", pixels(70, 70))
+    write_tiff(tmp_path / "in/scene.entropy.tif", pixels(70, 70))
+    write_tiff(tmp_path / "labels/scene.tif", pixels(70, 70)[..., :1])
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    images = find_images(str(tmp_path / "in"))
+    labels = find_labels(str(tmp_path / "labels"), images, CLASSES).values()
+    for target in ("in", "link", "labels"):
+        task = Task(small_model().record, Settings(), str(tmp_path / target))
+        with pytest.raises(UsageError, match="would replace an image or a label"):
+            unmade(Storage(task.target), task, images, labels, overwrite=True)
+    task = Task(small_model().record, Settings(entropy=True), str(tmp_path / "out"))
+    with pytest.raises(
+        UsageError, match=r"scene.entropy.tif and scene.tif would both give .*out/scene.entropy.tif"
+    ):
+        unmade(Storage(task.target), task, images, overwrite=False)
+
+
+def test_maps_below_the_images_are_no_images(tmp_path):
+    write_tiff(tmp_path / "in/scene.tif", pixels(70, 70))
+    write_tiff(tmp_path / "in/maps/scene.tif", pixels(70, 70))
+    names = lambda *given: [i.name for i in find_images(*given)]  # noqa: E731
+    assert names(str(tmp_path / "in"), str(tmp_path / "in/maps")) == ["scene"]
+    assert names(str(tmp_path / "in"), str(tmp_path / "out")) == ["maps/scene", "scene"]
+    assert names(str(tmp_path / "in/maps"), str(tmp_path / "in/maps")) == ["scene"]
+
+
 def test_bad_arguments_are_told_before_anything_starts(tmp_path):
     write_tiff(tmp_path / "in/town_1.tif", pixels(80, 80))
     (tmp_path / "vrt").mkdir()
@@ -443,6 +485,12 @@ def test_bad_arguments_are_told_before_anything_starts(tmp_path):
         find_labels(str(tmp_path / "in/labels"), images, CLASSES)
     with pytest.raises(UsageError, match=r"--overlap must lie in 0..0.75, got 1"):
         Settings(overlap=1)
+    with pytest.raises(UsageError, match="--workers must be at least 1, got 0"):
+        predict(small_model(), images, str(tmp_path / "out"), Settings(), workers=0, say=print)
+    write_tiff(tmp_path / "latin/cafe.tif", pixels(80, 80))
+    (tmp_path / "latin/cafe.tif").rename(tmp_path / "latin" / os.fsdecode(b"caf\xe9.tif"))
+    with pytest.raises(UsageError, match=r"the name 'caf.udce9.tif' is no UTF-8"):
+        find_images(str(tmp_path / "latin"))
 
 
 def test_a_glob_and_a_list_name_images(tmp_path):

@@ -1,3 +1,5 @@
+import _thread
+import asyncio
 import itertools
 import os
 import pickle
@@ -242,3 +244,25 @@ def test_an_uploaded_file_replaces_the_old_bytes(tmp_path):
         storage.upload("deep/map.tif", str(tmp_path / "none"))
     assert storage.list() == {"deep/map.tif": 3000}
     assert list((tmp_path / "root/deep").iterdir()) == [tmp_path / "root/deep/map.tif"]
+
+
+def test_an_upload_that_is_interrupted_leaves_nothing(bucket, tmp_path, monkeypatch):
+    """As by SIGTERM, of which Ray makes a SystemExit wherever a task is."""
+    import s3fs
+
+    storage, call = Storage(bucket), s3fs.S3FileSystem._call_s3
+    (tmp_path / "map").write_bytes(bytes(20 << 20))
+
+    async def interrupted(self, method, *args, **kwargs):
+        if method == "upload_part" and kwargs["PartNumber"] == 2:
+            _thread.interrupt_main()
+            await asyncio.sleep(30)
+        return await call(self, method, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(s3fs.S3FileSystem, "_call_s3", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            storage.upload("map", str(tmp_path / "map"))
+    assert not storage.exists("map")
+    storage.upload("map", str(tmp_path / "map"))
+    assert storage.size("map") == 20 << 20
