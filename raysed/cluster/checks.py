@@ -252,7 +252,9 @@ def auth(nodes: Sequence[Node], without: int | None, with_token: int | None) -> 
 
 
 def ports(nodes: Sequence[Node], dashboard: int | None) -> Line:
-    """The dashboard listens on loopback, and no port of Ray on a public address.
+    """The dashboard listens on loopback, and no port of Ray on an interface with a public address.
+
+    A public address that the network translates to a private one (EC2's, a NAT's) is on no interface, and not seen.
 
     Args:
         nodes: of the cluster.
@@ -276,7 +278,10 @@ def ports(nodes: Sequence[Node], dashboard: int | None) -> Line:
                     "--node-ip-address of a private one, and close the port",
                 )
     count = sum(len(n.sockets) for n in nodes)
-    return passed("ports", f"{count} listening sockets of Ray on {_nodes(nodes)}, none on a public address")
+    return passed(
+        "ports",
+        f"{count} listening sockets of Ray on {_nodes(nodes)}, a public address on no interface of the node",
+    )
 
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -318,6 +323,9 @@ _SECRET_VALUE = re.compile(
     r"\b\w*(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)(=|: )[\"']?(?![\"'$\s]|$)"
 )
 
+_PATH = re.compile(r"(~|/(home|Users|root|etc|var|mnt|run|srv|tmp|opt))/[^\s]*\Z")
+"""Of a file; not whatever begins with a slash, as a key in base64 may."""
+
 
 def find_secrets(tree: Any, name: str = "") -> list[str]:
     """Dotted names of values that look like a secret; never the values."""
@@ -331,7 +339,7 @@ def find_secrets(tree: Any, name: str = "") -> list[str]:
         return [found for v in tree for found in find_secrets(v, name)]
     if not isinstance(tree, str) or not tree:
         return []
-    is_path = tree[0] in "/~" and "\n" not in tree  # a file that holds a secret is named by its path
+    is_path = _PATH.match(tree)  # a file that holds a secret is named by its path
     named = _SECRET_NAME.search(name) and not is_path
     return [name] if named or _SECRET_VALUE.search(tree) else []
 

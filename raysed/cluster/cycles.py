@@ -232,7 +232,16 @@ class Worker:
             before = self.rollbacks
             self.learner = self._learner()
             self._open = None
-            _, self.weights_hash = self._resume()
+            if self.rank == 0:
+                self.ledger.prune_steps(cycle)  # what diverges at the end may have begun to before
+            if self.keeper:
+                self.keeper.forget()
+            start, self.weights_hash = self._resume()
+            if start != cycle:
+                raise DataError(
+                    f"{self.ledger.storage.uri}: going back from cycle {cycle} found that the cycle before does not verify any more; "
+                    f"the same command continues after cycle {start}"
+                )
             self.rollbacks = before + 1
 
     def _network(self) -> networks.Network:
@@ -501,16 +510,23 @@ class Worker:
 
     def _select(self, cycle: int, scores: Scored | None) -> tuple[Selection, list[str]]:
         """The selection, and the tiles in quarantine, of which scorers have told rank 0 alone."""
-        excluded = sorted(self.quarantine)
-        selection = choose(
-            self.exp,
-            cycle,
-            scores=scores.table if scores else None,
-            index=self.pool,
-            state=self.state,
-            excluded=set(excluded),
-        )
-        return selection, excluded
+        before = self.exp.asks_people and people.asked(self.ledger.storage, cycle // self.exp.pool.cycles)
+        if before:
+            self._quarantine(list(before[0].quarantine))
+        while True:
+            excluded = sorted(self.quarantine)
+            selection = choose(
+                self.exp,
+                cycle,
+                scores=scores.table if scores else None,
+                index=self.pool,
+                state=self.state,
+                excluded=set(excluded),
+            )
+            to_show = selection.bought.tile_ids if selection.bought and self.exp.asks_people else []
+            if before or not (bad := people.unreadable(self.store, to_show)):
+                return selection, excluded
+            self._quarantine(bad)
 
     def _labels(self, cycle: int, selection: Selection, scores: Scored | None) -> None:
         """Labels by people: ask for those just picked, or take them; training reads them from the run's own store.
@@ -526,10 +542,19 @@ class Worker:
             number, picks = cycle // self.exp.pool.cycles, selection.bought
             if picks is None:
                 return
-            if people.asked(run, number) is None:
+            if (before := people.asked(run, number)) is None:
                 self._settle()  # what is trained so far is committed before the run ends
-                seen = (scores.weights, scores.tiles, scores.table) if scores else (None, 0, None)
-                people.ask(run, Request(number, picks.tile_ids, *seen[:2]), picks, self.store, seen[2])
+                weights, scored, table = (
+                    (scores.weights, scores.tiles, scores.table) if scores else (None, 0, None)
+                )
+                bad = tuple(self.quarantine[t] for t in sorted(self.quarantine))
+                people.ask(
+                    run, Request(number, picks.tile_ids, weights, scored, bad), picks, self.store, table
+                )
+            elif before[0].tile_ids != picks.tile_ids:
+                raise DataError(
+                    f"{run.uri}/{people.place(number)} asks for other tiles than the ledger gives: it was changed, or is of another run"
+                )
             folder = str(self.exp.pool.labels)
             people.take(
                 run,

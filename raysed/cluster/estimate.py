@@ -1,8 +1,8 @@
 """`--dry-run`: what would run where, how long it would take and what it would cost, without running it."""
 
+import math
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,11 +10,13 @@ import pyarrow.compute as pc
 import ray
 import torch
 
+from raysed.cluster.checks import device_of
 from raysed.cluster.connect import autoscaling, connect
 from raysed.cluster.launch import arms_of, store_of, uses_scorers
+from raysed.cluster.nodes import offers
 from raysed.cluster.preflight import check_data, check_run_paths
-from raysed.cluster.room import candidates, check_sum, scorer_count
-from raysed.config import Experiment
+from raysed.cluster.room import candidates, check_sum, placed, scorer_count
+from raysed.config import ClusterConfig, Experiment
 from raysed.core import memory, networks
 from raysed.core.acquisition import strategy_of
 from raysed.core.cost import Speed, Work
@@ -46,7 +48,7 @@ def dry_run(
     check_data(experiment, store, say)
     connect()
     check_run_paths(experiment)
-    device = candidates(experiment.cluster)[0]
+    device = _device(experiment.cluster, say)
     arms = arms_of(experiment)
     scoring = any(uses_scorers(e) for _, e in arms)
     scorers = scorer_count(experiment.cluster, device) if scoring else 0
@@ -66,6 +68,25 @@ def dry_run(
         f"time     {speed.train:.1f} tiles/s training, {speed.forward:.1f} forward ({speed.source}): {seconds / 3600:.2f} h"
         f"{cost}; start and cold first cycle not counted"
     )
+
+
+def _device(cluster: ClusterConfig, say: Callable[[str], None]) -> str:
+    """What `secure` would choose, without starting the nodes of the whole run.
+
+    The launcher's file says what may be started; another autoscaler is asked for the room of one worker.
+
+    Raises:
+        ResourcesError: the autoscaler promised a node, and none came in time.
+    """
+    first, *others = candidates(cluster)
+    if not others:
+        return first
+    found, most = offers()
+    if most is not None:
+        return device_of(cluster, found)
+    remedy = "say --cluster.device, or raise --cluster.wait-nodes"
+    patience = cluster.patience(autoscaling=True)
+    return first if placed([cluster.worker(first)], patience, say, remedy) else others[0]
 
 
 def _say_where(
@@ -123,13 +144,20 @@ def _scored(arm: Experiment, pool: int, committed: int) -> float:
 
 
 def _say_work(name: str, arm: Experiment, store: Store, work: Work, say: Callable[[str], None]) -> None:
+    """A line: passes, and bytes.
+
+    A tile is read whole, whatever side it is scored at, and kept decoded: bytes follow from distinct tiles, not from passes.
+    """
     lengths = [pc.sum(store.index[f"{kind}_length"]).as_py() or 0 for kind in ("image", "label")]
     tile = sum(lengths) / max(1, store.index.num_rows)
+    pool = len(training_rows(store.index, arm.data.held_out, unlabelled=arm.asks_people))
+    kept = work.validate + (pool if work.score else 0)
     done = f" ({arm.cycles - work.cycles} are committed)" if work.cycles < arm.cycles else ""
     say(
         f"{name:<8} {work.cycles} cycles{done}: each trains {work.train} tiles in {-(-work.train // arm.optim.batch)} steps, scores "
-        f"{work.score:.0f}, validates {work.validate}; reads {work.train * tile / 1e6:.1f} MB a cycle, "
-        f"{(work.score + work.validate) * tile / 1e6:.1f} MB once"
+        f"{work.score:.0f}, validates {work.validate} (in forward passes of a full tile, mean over the cycles); trains on "
+        f"{work.train * tile / 1e6:.1f} MB a cycle, scores and validates {kept * tile / 1e6:.1f} MB, read once if "
+        "--cluster.cache-gib holds them"
     )
 
 
@@ -147,10 +175,9 @@ def _speed(
     task: Any = ray.remote(measure).options(
         num_cpus=cluster.worker_cpus, num_gpus=cluster.worker(device).get("GPU", 0)
     )
-    small = replace(experiment, cluster=replace(cluster, workers=1))
     patience = cluster.patience(autoscaling=autoscaling())
     try:
-        train, forward = ray.get(task.remote(small, len(store.dataset.classes), store.dataset.tile_size, device), timeout=patience)  # fmt: skip
+        train, forward = ray.get(task.remote(experiment, len(store.dataset.classes), store.dataset.tile_size, device), timeout=patience)  # fmt: skip
     except ray.exceptions.GetTimeoutError as error:
         raise ResourcesError(
             f"no worker measured its speed within {patience:.0f} s: give --tiles-per-second"
@@ -159,12 +186,40 @@ def _speed(
     return Speed(train * cluster.workers, forward * cluster.workers, f"{text}, times {cluster.workers}")
 
 
+def local_workers(
+    cluster: ClusterConfig, device: str, here: Mapping[str, float], nodes: Sequence[Mapping[str, float]]
+) -> int:
+    """How many of the workers would be on a node: on GPUs Ray packs them, on CPUs it spreads them.
+
+    Args:
+        cluster: asks for the workers.
+        device: cpu or cuda.
+        here: resources of the node.
+        nodes: resources of all nodes that are up; more are not foreseen.
+    """
+
+    def fit(node: Mapping[str, float]) -> int:
+        return int(min(node.get(k, 0) / v for k, v in cluster.worker(device).items()) + 1e-9)
+
+    over = 1 if device == "cuda" else sum(fit(node) > 0 for node in nodes)
+    return max(1, min(fit(here), math.ceil(cluster.workers / max(1, over))))
+
+
 def measure(experiment: Experiment, classes: int, side: int, device: str) -> tuple[float, float]:
-    """Tiles a second of training steps and of forward passes of one worker, on random tiles in memory."""
-    from raysed.cluster.cycles import node_cpus
+    """Tiles a second of training steps and of forward passes of one worker, on random tiles in memory.
+
+    Args:
+        experiment: with all its workers; one of them is measured, with the threads that it would have beside the others.
+        classes: C.
+        side: of a tile, pixels.
+        device: cpu or cuda.
+    """
+    from raysed.cluster.cycles import node_cpus, node_id
     from raysed.core.step import Learner, MicroBatch, resolve_precision, to_device
 
-    torch.set_num_threads(experiment.cluster.threads or node_cpus())
+    alive = {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"]}
+    here = local_workers(experiment.cluster, device, alive[node_id()], list(alive.values()))
+    torch.set_num_threads(experiment.cluster.threads or max(1, node_cpus() // here))
     place = torch.device(device)
     learner = Learner(
         networks.build(experiment.model.arch, classes, experiment.seed).to(place),

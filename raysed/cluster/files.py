@@ -120,7 +120,7 @@ def scaling(config: Mapping[str, Any]) -> Line:
         (types[head]["resources"].get("CPU") != 0, f"resources of {head} must have CPU: 0: work on the head ends the run with it"),
         (any("--num-cpus=0" not in c for c in starts), "head_start_ray_commands must say --num-cpus=0, as the node type does"),
         ("InstanceMarketOptions" in types[head]["node_config"], f"{head} must not be a spot node: the run ends with it"),
-        (bool(config["provider"].get("cache_stopped_nodes")), "provider.cache_stopped_nodes must be false: stopped nodes keep disks that cost"),
+        (bool(config["provider"].get("cache_stopped_nodes", True)), "provider.cache_stopped_nodes must be false: stopped nodes keep disks that cost"),
         *((kind.get("min_workers", 0) > 0, f"min_workers of {name} must be 0: it stays and costs") for name, kind in types.items() if name != head),
     ]  # fmt: skip
     for broken, rule in wrong:
@@ -137,7 +137,10 @@ def _each(check: str, configs: Mapping[str, Any], holds: Any, rule: str) -> Line
 
 
 def network(config: Mapping[str, Any], configs: Mapping[str, Any]) -> Line:
-    """Private addresses, own security groups, nothing open to the world."""
+    """Private addresses, own security groups, nothing open to the world.
+
+    Whether a subnet maps public addresses stands in the account, not in the file.
+    """
     if any(word in text for text in _strings(config) for word in ("0.0.0.0/0", "::/0")):
         return failed(
             "network", "a rule is open to the world (0.0.0.0/0 or ::/0): name the addresses that need it"
@@ -149,7 +152,8 @@ def network(config: Mapping[str, Any], configs: Mapping[str, Any]) -> Line:
         )
     if config["provider"].get("use_internal_ips") is not True:
         return failed(
-            "network", "provider.use_internal_ips must be true: else every node gets a public address"
+            "network",
+            "provider.use_internal_ips must be true: else Ray takes only subnets that give every node a public address",
         )
     open_ones = [
         name
@@ -167,7 +171,10 @@ def network(config: Mapping[str, Any], configs: Mapping[str, Any]) -> Line:
         )
         if line.status == "fail":
             return line
-    return passed("network", "private addresses, own security groups")
+    return passed(
+        "network",
+        "private addresses between nodes, own security groups; the subnets must not map public addresses (MapPublicIpOnLaunch false)",
+    )
 
 
 def roles(configs: Mapping[str, Any], head: str) -> Line:

@@ -159,7 +159,10 @@ def prepare(
     if append:
         base = store.Store.open(storage.uri)
         layout = _new_sources(base, layout, settings, say)
-    if not layout.sources or not _agree(storage, _plan(layout, settings, root), base):
+    for note in layout.notes:
+        say(f"note: {note}")
+    wanted = _plan(layout, settings, root)
+    if not layout.sources or not _agree(storage, wanted, base):
         result = _result(storage)
         say(f"{storage.uri} is finished already: {_text(result)}")
         return result
@@ -177,19 +180,26 @@ def prepare(
         if _piece(k) not in done
     ]
     total = sum(w.last - w.first for works in shards.values() for w in works)
+    if not total and base:
+        result = _result(storage)
+        say(f"{storage.uri}: nothing to append, {len(bad)} sources cannot be used still; {_text(result)}")
+        return result
     if not total:
         raise UsageError(
             f"no source gives a tile of {settings.tile} px ({len(layout.sources)} sources, {len(bad)} unusable)"
         )
     say(f"{len(layout.sources)} sources, {total} tiles in {len(shards)} shards, {len(items)} to make")
+    begun = _own(base, "plan.json"), _json_hash(wanted)
     arguments = {
         "root": root.uri if root else None,
         "target": storage.uri,
         "settings": settings,
         "lookup": layout.lookup(),
         "classes": len(layout.classes),
+        "plan": begun,
     }
     _make(items, arguments, say)
+    _still(storage, *begun)
     if _version(storage) == (base.dataset.version if base else 0):  # else somebody beside us has finished it
         _finish(
             storage,
@@ -276,7 +286,13 @@ def _shards(base: store.Store | None) -> int:
     """Number of the first shard that may be written."""
     if base is None:
         return 0
-    return 1 + max((int(p[-13:-8]) for p in pc.unique(base.index["shard"]).to_pylist()), default=-1)
+    return 1 + max(
+        (
+            int(p.removesuffix(".parquet").rpartition("-")[2])
+            for p in pc.unique(base.index["shard"]).to_pylist()
+        ),
+        default=-1,
+    )
 
 
 def _result(storage: Storage) -> dict[str, Any]:
@@ -376,6 +392,23 @@ def _agree(storage: Storage, plan: dict[str, Any], base: store.Store | None) -> 
     return not finished
 
 
+def _still(storage: Storage, path: str, plan: str) -> None:
+    """Prove that a plan is still the one that the target is made by.
+
+    Args:
+        storage: the target.
+        path: of the plan.
+        plan: hash of it.
+
+    Raises:
+        UsageError: another job has begun the target anew, with sources that have changed since.
+    """
+    if _json_hash(_begun(storage, path)) != plan:
+        raise UsageError(
+            f"{storage.uri} was begun anew by another job, of sources that have changed meanwhile: let it finish, or start again"
+        )
+
+
 def _grids(
     root: Storage | None, layout: Layout, settings: Settings
 ) -> tuple[list[tuple[Source, int, int]], list[BadTile], int]:
@@ -405,13 +438,14 @@ def plan_grids(
 def read_headers(batch: dict[str, np.ndarray], root: str, rule: Rule) -> list[dict[str, Any]]:
     """INPUT: sources.  OUTPUT: name and height, width, or reason, sha256."""
     found: list[dict[str, Any]] = []
+    images = Storage(root)
     for text in batch["source"]:
         source = Source(**json.loads(text))
         try:
-            height, width = sources.size(Storage(root), source, rule)
+            height, width = sources.size(images, source, rule)
             found.append({"name": source.name, "height": height, "width": width})
         except BadSource as error:
-            found.append({"name": source.name, "reason": str(error), "sha256": error.sha256(Storage(root))})
+            found.append({"name": source.name, "reason": str(error), "sha256": error.sha256(images)})
     return found
 
 
@@ -423,6 +457,7 @@ def write_parts(
     settings: Settings,
     lookup: np.ndarray,
     classes: int,
+    plan: tuple[str, str],
 ) -> list[dict[str, int]]:
     """INPUT: shards to make.  OUTPUT: tiles written; the shard and its piece of the index are in the target then."""
     storage, made = Storage(target), []
@@ -436,6 +471,7 @@ def write_parts(
                 rows += list(_cut(images, work, settings, lookup, classes))
             except BadSource as error:
                 bad.append(BadTile(work.source.name, str(error), error.sha256(images) if images else ""))
+        _still(storage, *plan)
         piece = (
             store.write_shard(storage, f"shards/part-{part:05d}.parquet", rows)
             if rows
@@ -460,8 +496,12 @@ def _cut(
         for n in range(work.first, work.last):
             row, col = divmod(n, work.cols)
             image, label = pixels.window(row * tile, col * tile, tile)
+            valid = pixels.valid(row * tile, col * tile, tile)
+            if not valid.any():
+                continue
             stored = None if label is None else _stored_label(label, lookup, pixels)
             if stored is not None:
+                stored[~valid] = 0
                 stored = tiles.resize_label(stored, side, side)
             scale = [f * tile / side for f in pixels.factor]
             yield {
@@ -504,6 +544,8 @@ class _Pixels:
     transform: tuple[float, ...] | None = None
     factor = (1.0, 1.0)
     ambiguous: np.ndarray | None = None
+    known: np.ndarray | None = None
+    """Where a whole image that was resized has data."""
 
     def __init__(
         self, image: Any, label: Any, whole: tuple[np.ndarray, np.ndarray | None] | None = None
@@ -520,6 +562,12 @@ class _Pixels:
             )
         label = self.label.read(row, col, side, side) if self.label else None
         return self.image.read(row, col, side, side), label
+
+    def valid(self, row: int, col: int, side: int) -> np.ndarray:
+        """(side, side) bool: where the image has data."""
+        if self.known is not None:
+            return self.known[row : row + side, col : col + side]
+        return self.image.valid(row, col, side, side) if self.image else np.ones((side, side), bool)
 
     def ambiguity(self, row: int, col: int, side: int) -> float | None:
         """Mean over a window of how far it is obscured; None where that is not known."""
@@ -556,6 +604,8 @@ def _pixels(root: Storage | None, source: Source, settings: Settings) -> Iterato
         pixels = _Pixels(image, label)
         if settings.resize:
             pixels.whole = _resized(image, label, settings.resize)
+            known = image.valid(0, 0, image.height, image.width).astype(np.uint8)
+            pixels.known = tiles.resize_label(known, settings.resize, settings.resize) > 0
             pixels.factor = (image.height / settings.resize, image.width / settings.resize)
         pixels.crs, pixels.transform = image.crs, image.transform
         yield pixels
@@ -597,7 +647,15 @@ def _collect(storage: Storage, shards: Sequence[int]) -> tuple[pa.Table, list[Ba
 def _check_budget(
     storage: Storage, base: store.Store | None, quarantine: list[BadTile], layout: Layout, budget: float
 ) -> None:
-    if len(quarantine) <= budget * len(layout.sources):
+    known = set[tuple[str, str]]()
+    if base:
+        before = pq.read_table(io.BytesIO(storage.read(base.dataset.path("quarantine.parquet"))))
+        known = {(b["tile_id"], b["reason"]) for b in before.to_pylist()}
+    found = len(quarantine)
+    quarantine = [
+        b for b in quarantine if (b.tile_id, b.reason) not in known
+    ]  # those were within their budget
+    if len(quarantine) <= budget * (len(layout.sources) - (found - len(quarantine))):
         return
     path = _own(base, "quarantine.parquet")
     storage.write(path, table_bytes(store.quarantine_table(quarantine)))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,6 +104,15 @@ class Scorekeeper:
         if visits is not None:
             self.visits = visits["tile_id"].to_pylist(), matrix(visits["row"])
 
+    def forget(self) -> None:
+        """Be as at the beginning of a run, but for the irreducible losses, once the pass that may be running has ended."""
+        if self._ahead is not None:
+            with suppress(Exception):
+                self._ahead[0].result()
+        self._ahead = None
+        self.table = ScoreTable.unknown([], self.classes)
+        self.visits = [], self.visits[1][:0]
+
     def visits_table(self) -> pa.Table:
         """`visits.parquet`: tile_id, row (see `uncertainty.visit_scores`)."""
         ids, rows = self.visits
@@ -192,13 +202,16 @@ class Scorekeeper:
     def _refreshed(
         self, table: ScoreTable, visited: list[str], rows: np.ndarray, now: Weights
     ) -> tuple[Scores, str, ScoreTable]:
-        sample = visited[:SAMPLE]
+        spread = np.unique(
+            np.linspace(0, len(visited) - 1, min(SAMPLE, len(visited))).astype(int)
+        )  # late visits differ
+        sample = [visited[i] for i in spread]
         oldest = table.oldest(math.ceil(self.refresh * len(table.ids)), set(visited))
         found, version = self._pass(sorted([*sample, *oldest]), now)
         scorer = dict(zip(found.ids, found.rows, strict=True))
-        both = [i for i, t in enumerate(sample) if t in scorer]
+        both = [i for i in spread if visited[i] in scorer]
         if len(both) > 1:
-            rows = calibrated(rows, rows[both], np.stack([scorer[sample[i]] for i in both]))
+            rows = calibrated(rows, rows[both], np.stack([scorer[visited[i]] for i in both]))
         return found, version, table.with_visits(visited, rows)
 
     def _pass(self, ids: list[str], weights: Weights) -> tuple[Scores, str]:

@@ -114,13 +114,15 @@ def build(arch: str, classes: int, seed: int, encoder_weights: str | None = None
                 f"unknown architecture {arch!r}: unet, {', '.join(ENCODERS)}, unet:<smp encoder>{hint}"
             )
         net = _smp_unet(encoder, classes, encoder_weights)
-    for name in (
-        "_conv_head",
-        "_bn1",
-    ):  # smp's EfficientNets carry a head they never use; DDP would wait for its gradients
-        for parameter in getattr(net.encoder, name, nn.Identity()).parameters():
-            parameter.requires_grad_(False)
+    for head in _UNUSED:
+        if all(hasattr(net.encoder, name) for name in head):
+            for name in head:
+                getattr(net.encoder, name).requires_grad_(False)
     return Network(net, _HALF if "lite0" in encoder else _IMAGENET, 32)
+
+
+_UNUSED = (("_conv_head", "_bn1"), ("conv_head", "bn2"))
+"""Heads that smp's EfficientNets, its own and those of timm, carry and never use; DDP would wait for their gradients."""
 
 
 def _smp_unet(encoder: str, classes: int, weights: str | None) -> nn.Module:

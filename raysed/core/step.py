@@ -172,7 +172,8 @@ class Learner:
 
         Returns:
             (2,) float32 on the device, detached: summed focal loss and known pixels of this rank; by class (2 + 3 C,), `class_sums`
-            after them.  Zeros if the gradient was not finite on any rank: then nothing has changed but `skipped`.
+            after them.  Zeros if the gradient was not finite on any rank: then nothing has changed but `skipped`, or with fp16 the
+            scale of the loss.
         """
         self.net.train()
         for group in self.adam.param_groups:
@@ -212,14 +213,19 @@ class Learner:
         if gradients:
             self._set_gradients(self._in_order(gradients, total))
         statistics_of_all = self._in_order(statistics, total)
-        if not self._tame():
+        finite = self._tame()
+        if (
+            finite or self.scaler.is_enabled()
+        ):  # which steps only if all is finite, and halves its scale if not
+            self.scaler.step(self.adam)
+            self.scaler.update()
+        if not finite:
             self.norm.set(*before)
-            self.skipped += 1
+            if not self.scaler.is_enabled() or self.scaler.get_scale() < 1:
+                self.skipped += 1
             return torch.zeros_like(done)
         self.skipped = 0
         self.norm.merge(before, statistics_of_all)
-        self.scaler.step(self.adam)
-        self.scaler.update()
         if self.average:
             self.average.follow(self.net, self.norm)
         return done
@@ -250,7 +256,7 @@ class Learner:
 
     def _tame(self) -> bool:
         """Limit the gradient where asked for; whether it is finite.  All ranks hold the sum over all micro-batches by now, and so
-        the same norm.  What overflows in fp16 is the business of the loss scaler.
+        the same norm.
         """
         if self.clip is not None:
             self.scaler.unscale_(self.adam)
@@ -258,7 +264,7 @@ class Learner:
         length = nn.utils.get_total_norm([p.grad for p in own if p.grad is not None])
         if self.clip is not None:
             nn.utils.clip_grads_with_norm_(own, self.clip, length)
-        return self.scaler.is_enabled() or bool(length.isfinite())
+        return bool(length.isfinite())
 
     def _autocast(self) -> torch.autocast:
         dtype = DTYPES[self.precision]
@@ -350,6 +356,7 @@ class Learner:
         }
         if self.scaler.is_enabled():
             state["loss_scale"] = torch.tensor(self.scaler.get_scale())
+            state["loss_scale_steps"] = torch.tensor(self.scaler.state_dict()["_growth_tracker"])
         if self.average:
             state |= {_TRAINING + n: t for n, t in weights_of(self.net).items()}
             state[_AGE] = torch.tensor(self.average.steps)
@@ -358,14 +365,17 @@ class Learner:
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
         """Inverse of `optimizer_state`; a state without an average begins one."""
         for name, p in self.parameters.items():
+            if f"{name}.step" not in state:  # no step has been taken
+                continue
             kinds = {k: state[f"{name}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
             self.adam.state[p] = {
                 k: v.clone() if k == "step" else torch.empty_like(p).copy_(v) for k, v in kinds.items()
             }
         if self.scaler.is_enabled():
-            self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": float(state["loss_scale"])})
+            own = {"scale": float(state["loss_scale"]), "_growth_tracker": int(state["loss_scale_steps"])}
+            self.scaler.load_state_dict({**self.scaler.state_dict(), **own})
         if _AGE in state:
-            own = {n.removeprefix(_TRAINING): t for n, t in state.items() if n.startswith(_TRAINING)}
-            self.net.load_state_dict(own)
+            training = {n.removeprefix(_TRAINING): t for n, t in state.items() if n.startswith(_TRAINING)}
+            self.net.load_state_dict(training)
             if self.average:
                 self.average.steps = int(state[_AGE])

@@ -57,6 +57,33 @@ def decode_label(data: bytes, side: int) -> np.ndarray:
     return _decoded(data, cv2.IMREAD_UNCHANGED, (side, side))
 
 
+def decode_codes(data: bytes, side: int) -> np.ndarray:
+    """PNG of class codes that people have made to (side, side) uint8: 8-bit grey, or the indices of a palette.
+
+    Raises:
+        ValueError: another format, size or kind: fewer bits of grey mean a scale, not codes.
+    """
+    if data[:8] != _PNG:
+        raise ValueError(f"is not PNG, it starts with {data[:8]!r}")
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            if image.size != (side, side):
+                raise ValueError(
+                    f"has {image.size[0]} x {image.size[1]} pixels, the tile has {side} x {side}"
+                )
+            if image.mode != "P" and few_bits(image) != "L":
+                raise ValueError(f"holds {few_bits(image)}, expected codes in 8-bit grey or a palette")
+            return np.asarray(image)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot be decoded ({' '.join(str(error).split())[:120]})") from error
+
+
+def few_bits(image: Image.Image) -> str:
+    """Kind of the stored pixels of an opened PNG: L;2 for two bits of grey, of which Pillow makes 0, 85, 170 and 255."""
+    kinds = [part[3] for part in image.tile]  # type: ignore[attr-defined]
+    return str(kinds[0]) if kinds else image.mode
+
+
 def _decoded(data: bytes, flags: int, shape: tuple[int, ...]) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=["WEBP", "PNG"]) as header:

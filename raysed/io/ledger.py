@@ -44,7 +44,7 @@ from raysed.io.storage import Storage, digest
 
 FORMAT = 2
 KEEP_EVERY = 10
-"""Weights of every tenth cycle are kept, besides those of the newest two; optimiser state of the newest two only."""
+"""Weights of every tenth cycle are kept, besides those of the newest three; optimiser state of the newest two only."""
 _NEEDED = ("model.safetensors", "optimizer.safetensors", "state.json")
 MAY_CHANGE = (
     *("run", "cluster.", "data.uri", "data.bad_tile_budget", "model.init", "baseline"),
@@ -158,7 +158,7 @@ class Ledger:
             return Manifest(fields["cycle"], fields["files"], fields["record"])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{self.storage.uri}/{path} is damaged ({error!r}): remove it, and the run continues before that cycle"
+                f"{self.storage.uri}/{path} is damaged ({error!r}): put a copy of it back; if it is the newest, the run continues before it once it is removed"
             ) from error
 
     def beyond_gap(self) -> list[str]:
@@ -299,8 +299,8 @@ class Ledger:
 
     def prune(self, last: int) -> None:
         """Remove what retention no longer keeps once cycle `last` is committed, and what attempts at it have left."""
-        if last >= 2:
-            self._clear(self._manifest(last - 2), last, self.storage.list(folder(last - 2)))
+        for cycle in range(max(0, last - 3), last - 1):
+            self._clear(self._manifest(cycle), last, self.storage.list(folder(cycle)))
 
     def _clear(self, manifest: Manifest, last: int, paths: Iterable[str]) -> None:
         """Remove of these files in the folder of a committed cycle those that do not belong to it or are no longer kept."""
@@ -344,7 +344,8 @@ def kept(name: str, cycle: int, last: int) -> bool:
     """Whether retention keeps a file of a cycle once cycle `last` is committed."""
     if name == "optimizer.safetensors":
         return cycle > last - 2
-    return name != "model.safetensors" or cycle > last - 2 or cycle % KEEP_EVERY == 0
+    # one model more than optimiser states: who falls back by a cycle may need the weights of the cycle two before
+    return name != "model.safetensors" or cycle > last - 3 or cycle % KEEP_EVERY == 0
 
 
 def table_bytes(table: pa.Table) -> bytes:

@@ -26,7 +26,7 @@ from raysed.io import codec, store, studio
 from raysed.io.ledger import table_bytes
 from raysed.io.sources import corners
 from raysed.io.storage import Storage
-from raysed.io.store import Dataset, Store, Tile, read_tiles
+from raysed.io.store import BadTile, Dataset, Store, Tile, read_tiles
 
 LABELLED = "labelled"
 """Folder of the run that is a tile store of the labels that have come."""
@@ -43,11 +43,19 @@ class Request:
     """Hash of the weights that the pool was scored with; None without scores."""
     scored: int
     """Tiles scored."""
+    quarantine: tuple[BadTile, ...] = ()
+    """Tiles known to be bad then; those since the last commit stand nowhere else."""
 
 
 def place(number: int) -> str:
     """Folder of a round's request in the run directory."""
     return f"labelling/round_{number:04d}"
+
+
+def unreadable(tiles: Store, ids: Sequence[str]) -> list[BadTile]:
+    """Those of the tiles that nobody can be shown."""
+    found = read_tiles(tiles.storage, tiles.locations(ids), tiles.dataset.tile_size)
+    return [t for t in found if isinstance(t, BadTile)]
 
 
 def ask(run: Storage, request: Request, picks: Selection, tiles: Store, scores: pa.Table | None) -> None:
@@ -72,7 +80,8 @@ def asked(run: Storage, number: int) -> tuple[Request, pa.Table | None] | None:
     folder = run.at(place(number))
     if not folder.exists("request.json"):
         return None
-    request = Request(**json.loads(folder.read("request.json")))
+    fields = json.loads(folder.read("request.json"))
+    request = Request(**{**fields, "quarantine": tuple(BadTile(**b) for b in fields["quarantine"])})
     found = folder.exists("scores.parquet")
     return request, pq.read_table(io.BytesIO(folder.read("scores.parquet"))) if found else None
 
@@ -81,7 +90,8 @@ def read_labels(folder: Storage, ids: Sequence[str], dataset: Dataset) -> dict[s
     """The stored labels (0 void, 1..C) of those tiles that have come.
 
     `<tile_id>.png` holds the data set's own class codes; a `.json` file is a Label Studio export whose tasks carry `tile_id`, with
-    polygons, brush masks, or one choice for the whole tile.  A PNG goes before an export; pixels that no region covers are void.
+    polygons, brush masks, or one choice for the whole tile; one submitted without a region has not come.  A PNG goes before an
+    export; pixels that no region covers are void.
 
     Raises:
         DataError: a label that is unreadable, of another size or with a code or class that the data set does not have.
@@ -99,7 +109,7 @@ def read_labels(folder: Storage, ids: Sequence[str], dataset: Dataset) -> dict[s
         if name not in there:
             continue
         try:
-            codes = codec.decode_label(folder.read(name), dataset.tile_size)
+            codes = codec.decode_codes(folder.read(name), dataset.tile_size)
         except ValueError as error:
             raise DataError(f"{folder.uri}/{name}: {error}") from error
         label = lookup[codes]

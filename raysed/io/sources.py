@@ -5,6 +5,7 @@ Plain folder: `images/`, `labels/`, `classes.json`, `train.txt` and `val.txt`; w
 without a label it joins the pool of training tiles unlabelled.  Letters: H W pixels of a source.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -21,6 +22,7 @@ from PIL import Image
 
 from raysed.core.tiles import OPENEARTHMAP, LandClass, check_id, label_lookup, region_of
 from raysed.errors import StorageError, UsageError
+from raysed.io.codec import few_bits
 from raysed.io.storage import Storage
 
 Image.MAX_IMAGE_PIXELS = None  # sizes are checked here, against the limits below, before anything is decoded
@@ -32,6 +34,8 @@ MAX_FETCHED = 1 << 30
 """Bytes of a PNG or JPEG file."""
 MAX_NAME = 187
 """Characters of a source's name: a tile id has 200, and the place of a tile in the longest image takes 13."""
+_ORIENTATION = 0x0112
+"""EXIF tag."""
 FETCHED = 64 << 20
 """Bytes up to which a GeoTIFF in a bucket is fetched at once; of a larger one only what its windows need."""
 _TIFF, _PILLOW = (".tif", ".tiff"), {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
@@ -169,6 +173,8 @@ class Layout:
     """Sorted by name; a listed image that is not there is among them."""
     remap: tuple[tuple[int, int | None], ...] = ()
     """(value in the label files, id of its class or None for void) by value; empty: values are ids."""
+    notes: tuple[str, ...] = ()
+    """What is there and is not what one might take it for, a line each."""
 
     def lookup(self) -> np.ndarray:
         """(256,) int16 from a value in the label files to the stored label: 1..C, 0 for void, -1 for unknown values."""
@@ -210,7 +216,8 @@ def find(storage: Storage, classes_file: str | None = None) -> Layout:
     elif known is None and any(s.label for s in found):
         raise UsageError(f"{storage.uri} has labels but no classes.json: add one or give --classes FILE")
     name, classes, ignore = known or (PurePosixPath(storage.uri).name, (), ())
-    return Layout("openearthmap" if regional else "folder", name, classes, ignore, found)
+    notes = () if regional else _notes(lists, images, found)
+    return Layout("openearthmap" if regional else "folder", name, classes, ignore, found, notes=notes)
 
 
 def _is_image(path: PurePosixPath) -> bool:
@@ -252,6 +259,30 @@ def _folder(storage: Storage, lists: dict[str, list[str]], images: dict[str, int
                 images.get(image),
                 images[label] if label else None,
             )
+
+
+def _notes(lists: dict[str, list[str]], images: dict[str, int], found: Sequence[Source]) -> tuple[str, ...]:
+    """Names that do not match are no error: a pool has no labels, and a list may name a part of a folder."""
+    bare = [s for s in found if s.image_bytes is not None and not s.label]
+    used = {s.image for s in found} | {s.label for s in found}
+    labels = [p for p in images if p.startswith("labels/") and p not in used]
+    others = [p for p in images if p not in used and not p.startswith("labels/")]
+    listed = {PurePosixPath(name).stem for name in lists.get("val", ())} | {*lists.get("val", ())}
+    moved = [s for s in bare if s.name in listed]
+    lines = []
+    if bare and len(bare) < len(found):
+        lines.append(f"{len(bare)} images have no label of their name, the first is {bare[0].image}")
+    if moved:
+        lines.append(
+            f"{len(moved)} of these are listed for validation and go to training, the first is {moved[0].image}"
+        )
+    if labels:
+        lines.append(f"{len(labels)} labels have no image of their name, the first is {min(labels)}")
+    if others:
+        lines.append(
+            f"{len(others)} images are left aside, neither in images/ nor listed, the first is {min(others)}"
+        )
+    return tuple(lines)
 
 
 def _by_stem(storage: Storage, paths: Iterable[str]) -> dict[str, str]:
@@ -513,10 +544,24 @@ class Raster:
             raise self.bad(f"is no readable {form} ({_kind(head)})") from error
         self._storage_held()
         self.width, self.height = self._image.size
+        if self.bands == 1 and form == "JPEG":
+            raise self.bad("is a JPEG, which changes class codes near borders: give PNG or GeoTIFF")
+        turned = 1
+        with contextlib.suppress(Exception):  # broken EXIF turns nothing
+            turned = (
+                self._image.getexif().get(_ORIENTATION, 1) if form == "JPEG" else 1
+            )  # a PNG would be decoded
+        if turned != 1:
+            raise self.bad(
+                f"is turned by its EXIF orientation {turned}: save it upright, as its label is drawn"
+            )
         mode, names = self._image.mode, self._image.getbands()
         kind = "uint8" if mode in ("RGB", "RGBA", "L", "LA") or (mode, self.bands) == ("P", 1) else mode
-        if len(names) > 1 and any(";16" in str(part[3]) for part in self._image.tile):
+        stored = few_bits(self._image)
+        if len(names) > 1 and ";16" in stored:
             kind = "uint16 (of which a PNG would give the upper halves: make a GeoTIFF of it)"
+        elif stored in ("L;2", "L;4"):
+            kind = f"{stored[2]}-bit grey, which is a scale and no codes"
         self._check(len(names), {"uint16" if mode == "I;16" else kind}, MAX_WHOLE)
 
     def _check(self, bands: int, kinds: set[str], limit: int) -> None:

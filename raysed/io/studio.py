@@ -53,7 +53,7 @@ def configuration(classes: tuple[LandClass, ...]) -> bytes:
 
 
 def annotations(folder: Storage, path: str) -> list[tuple[str, list[dict[str, Any]]]]:
-    """(tile_id, regions of the last annotation that was not cancelled) of each task of an export that has one.
+    """(tile_id, regions of the last annotation that has any and was not cancelled) of each task of an export that has one.
 
     Raises:
         DataError: not an export in JSON, or one of other tasks than ours.
@@ -61,7 +61,9 @@ def annotations(folder: Storage, path: str) -> list[tuple[str, list[dict[str, An
     found = []
     try:
         for task in json.loads(folder.read(path)):
-            kept = [a for a in task.get("annotations", []) if not a.get("was_cancelled")]
+            if task.keys() == {"data"}:  # as it went out
+                continue
+            kept = [a for a in task["annotations"] if a["result"] and not a.get("was_cancelled")]
             if kept:
                 found.append((task["data"]["tile_id"], list(kept[-1]["result"])))
     except (ValueError, KeyError, TypeError, AttributeError) as error:

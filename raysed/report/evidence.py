@@ -22,6 +22,7 @@ from raysed.report.judging import (
     by_labels,
     curve,
     goal,
+    machines,
     summary_rows,
     verdict,
 )
@@ -200,6 +201,8 @@ def tables(asked: Sequence[Judged], rows: Sequence[Row], split: str) -> str:
         f"{f'pretrained weights {weights}' if weights else 'from scratch'}.  Commit {env['commit']}, {env['cores']} cores of {env['cpu']}, "
         f"{first.facts['device']}.  The best passive arm is {best}.\n\n    {env['command']}\n\n{NOTE}\n"
     )
+    if len(kinds := machines(arms)) > 1:
+        head += f"\nSeconds are not compared, the runs were made on: {'; '.join(kinds)}.\n"
     result = [[a.label, a.kind, _seeds(a), *(_spread(found[a.name, m]) for m in metrics)] for a in asked]
     apart = [[a.label, *(_difference(found[a.name, m]) for m in tested)] for a in rivals]
     wins = [[a.label, *(verdict(found[a.name, m]) for m in tested)] for a in rivals]

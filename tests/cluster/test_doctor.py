@@ -201,6 +201,8 @@ def test_ports():
         assert_fails(checks.ports([wide_node], 8265), 2, f"{wide}:8265", "--dashboard-host=127.0.0.1")
     pod = node(sockets=[Socket("dashboard", "0.0.0.0", 8265)], kubernetes=True, **home)
     assert checks.ports([pod], 8265).status == "pass"
+    # an address that the network translates is not seen, and not vouched for
+    assert checks.ports([pod], 8265).text.endswith("a public address on no interface of the node")
 
 
 def test_ports_of_a_machine_on_the_internet():
@@ -241,6 +243,8 @@ def test_the_token_file_that_is_looked_at(tmp_path, monkeypatch):
     [
         {"runtime_env": {"env_vars": {"AWS_SECRET_ACCESS_KEY": "canary"}}},
         {"runtime_env": {"env_vars": {"HF_TOKEN": "canary"}}},
+        {"runtime_env": {"env_vars": {"AWS_SECRET_ACCESS_KEY": "/canary/bPxRfiCYEXAMPLEKEY"}}},
+        {"runtime_env": {"env_vars": {"DB_PASSWORD": "~canary"}}},
         {"runtime_env": {"env_vars": {"wandb_api_key": "canary"}}},
         {"job": {"metadata": {"note": "AKIAABCDEFGHIJKLMNOP"}}},
         {"config": {"data": {"uri": "https://user:canary@host/data"}}},
@@ -260,7 +264,14 @@ def test_what_is_no_secret():
     harmless = {
         "config": Experiment(run="s3://bucket/runs/token").to_dict(),
         "runtime_env": {
-            "env_vars": {"RAY_AUTH_TOKEN_PATH": "/run/secrets/token", "TOKENS": "5", "A_TOKEN": ""}
+            "env_vars": {
+                "RAY_AUTH_TOKEN_PATH": "/secrets/token",
+                "DB_PASSWORD_FILE": "/secrets/db",
+                "MY_TOKEN": "/run/secrets/token",
+                "~/.ray/auth_token": "~/.ray/auth_token",
+                "TOKENS": "5",
+                "A_TOKEN": "",
+            }
         },
         "job": {"entrypoint": "RAY_AUTH_TOKEN=$TOKEN python jobs/active.py"},
     }

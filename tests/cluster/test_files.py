@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
+from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -29,7 +31,9 @@ VALUES = {
     "SECURITY_GROUP_ID": "sg-0123456789abcdef0",
     "HEAD_INSTANCE_PROFILE_ARN": "arn:aws:iam::123456789012:instance-profile/raysed-head",
     "WORKER_INSTANCE_PROFILE_ARN": "arn:aws:iam::123456789012:instance-profile/raysed-worker",
+    "WORKER_ROLE_ARN": "arn:aws:iam::123456789012:role/raysed-worker",
     "BUCKET": "our-bucket",
+    "SOURCE_PREFIX": "labelled",
     "ACCOUNT_ID": "123456789012",
     "IMAGE_WITH_TAG_OR_DIGEST": "example.org/raysed:0.1.0",
     "SPOT_LABEL": "cloud.google.com/gke-spot",
@@ -161,6 +165,10 @@ def _stopped_nodes(tree):
     tree["provider"]["cache_stopped_nodes"] = True
 
 
+def _stopped_by_default(tree):
+    del tree["provider"]["cache_stopped_nodes"]
+
+
 def _workers_that_stay(tree):
     tree["available_node_types"]["gpu-l4"]["min_workers"] = 2
 
@@ -180,6 +188,7 @@ def _token_in_a_comment(tree):
         (_head_with_cpus, "scaling", "--num-cpus=0"),
         (_spot_head, "scaling", "spot"),
         (_stopped_nodes, "scaling", "cache_stopped_nodes"),
+        (_stopped_by_default, "scaling", "cache_stopped_nodes"),
         (_workers_that_stay, "scaling", "min_workers of gpu-l4"),
         (_public_interface, "network", "public address"),
         (_token_in_a_comment, "auth", "worker_start_ray_commands must set RAY_AUTH_MODE=token"),
@@ -380,6 +389,35 @@ def test_the_start_commands_are_shell_and_flags_that_ray_knows(key):
         assert {w.partition("=")[0] for w in words if w.startswith("--")} <= known
 
 
+@pytest.mark.parametrize("started", [True, False])
+def test_a_worker_that_does_not_start_is_known_to_the_autoscaler(started, tmp_path):
+    """By the exit code of its command; `ray` and the watch for EC2's notice have stand-ins."""
+    notice = tmp_path / "raysed/deploy/aws/spot-notice.sh"
+    notice.parent.mkdir(parents=True)
+    for path, text in (
+        (tmp_path / "ray", f"exit {int(not started)}"),
+        (notice, f"echo $1 > {tmp_path}/watched"),
+    ):
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+    command = filled("cluster.yaml")["worker_start_ray_commands"][1].replace(
+        "/tmp/spot-notice.log", f"{tmp_path}/log"
+    )
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "HOME": str(tmp_path),
+        "RAY_HEAD_IP": "10.0.0.1",
+    }
+    done = subprocess.run(
+        ["bash", "-c", command], env=environment, capture_output=True, check=False, timeout=30
+    )
+    assert (done.returncode == 0) == started
+    until = time.monotonic() + (10 if started else 0.3)
+    while not (tmp_path / "watched").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert (tmp_path / "watched").exists() == started
+
+
 def test_the_files_that_are_mounted_exist():
     mounts = filled("cluster.yaml")["file_mounts"]
     assert all((ROOT / local).exists() for local in mounts.values() if not local.startswith("~"))
@@ -518,7 +556,11 @@ def test_only_the_head_starts_machines_and_only_its_own():
         if "ec2:TerminateInstances" in actions:
             assert statement["Condition"] == {"StringEquals": {"aws:ResourceTag/ray-cluster-name": "raysed"}}
         if "iam:PassRole" in actions:
-            assert listed(statement["Resource"]) == ["arn:aws:iam::<ACCOUNT_ID>:role/raysed-worker"]
+            assert listed(statement["Resource"]) == ["<WORKER_ROLE_ARN>"]
+        if statement["Sid"] == "StartOwnWorkers":  # the profile that cluster.yaml gives to workers
+            assert statement["Condition"]["ArnEquals"] == {
+                "ec2:InstanceProfile": "<WORKER_INSTANCE_PROFILE_ARN>"
+            }
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here; the nodes have it")
@@ -564,7 +606,7 @@ def test_a_spot_notice_becomes_a_drain(tmp_path):
 
 
 def test_only_prepare_may_write_tiles_and_a_missing_object_is_not_a_refusal():
-    for kind, writes in (("worker", False), ("head", False), ("prepare", True)):
+    for kind, writes in (("worker", False), ("head", False), ("predict", False), ("prepare", True)):
         found = statements(ROOT / f"deploy/aws/{kind}-policy.json")
         on_tiles = {
             a for s in found for a in listed(s["Action"]) if any("tiles" in r for r in listed(s["Resource"]))
@@ -573,6 +615,41 @@ def test_only_prepare_may_write_tiles_and_a_missing_object_is_not_a_refusal():
         for statement in found:  # a HEAD has no prefix, and S3 answers 403 to who may not list
             if statement["Action"] == "s3:ListBucket":
                 assert list(statement["Condition"]) == ["StringLikeIfExists"]
+
+
+@pytest.mark.parametrize(
+    ("more", "reads", "writes"),
+    [
+        ((), ("tiles", "runs"), ("runs",)),
+        (("prepare",), ("labelled", "tiles"), ("tiles",)),
+        (("predict",), ("runs", "models", "scenes", "maps"), ("models", "maps")),
+    ],
+)
+@pytest.mark.parametrize("kind", ["head", "worker"])
+def test_the_prefixes_of_the_readme_may_be_read_and_written(kind, more, reads, writes):
+    found = [
+        s
+        for name in (kind, *more)
+        for s in filled(f"deploy/aws/{name}-policy.json")["Statement"]
+        if any(a.startswith("s3:") for a in listed(s["Action"]))
+    ]
+
+    def may(action, prefix):
+        objects = [r for s in found if action in listed(s["Action"]) for r in listed(s["Resource"])]
+        return any(fnmatchcase(f"arn:aws:s3:::our-bucket/{prefix}/a/b.tif", r) for r in objects)
+
+    def may_list(prefix):
+        kept = [s["Condition"]["StringLikeIfExists"] for s in found if s["Action"] == "s3:ListBucket"]
+        return any(fnmatchcase(f"{prefix}/", p) for c in kept for p in c["s3:prefix"])
+
+    for prefix in reads:
+        assert may("s3:GetObject", prefix), prefix
+        assert may_list(prefix), prefix
+        assert f"s3://bucket/{prefix}" in (ROOT / "README.md").read_text()
+    for prefix in ("labelled", "scenes", "tiles", "runs", "models", "maps"):
+        allowed = {"runs", *writes}
+        assert may("s3:PutObject", prefix) == (prefix in allowed), prefix
+    assert not may("s3:GetObject", "elsewhere")
 
 
 def test_the_policy_allows_the_machines_of_the_file():

@@ -21,6 +21,7 @@ from PIL import Image
 from rasterio.transform import Affine
 
 from raysed import cli
+from raysed.cluster import prepare as prepare_module
 from raysed.cluster.prepare import Settings, pack, plan_grids, prepare, synthetic
 from raysed.config import ClusterConfig, Experiment
 from raysed.errors import DataError, StorageError, UsageError
@@ -244,6 +245,70 @@ def test_labels_move_with_images_and_ids_become_classes(ray_session, tmp_path):
         assert np.array_equal(tile.image, image)
         assert np.array_equal(tile.label, label)
     assert [c.name for c in opened.dataset.classes] == ["grass", "roof"]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("resize", [None, 64])
+def test_pixels_without_data_are_void_and_tiles_without_any_are_left_out(ray_session, tmp_path, resize):
+    root = folder(tmp_path / "in", count=3, side=64)
+    (root / "images/town_0.png").unlink()
+    pixels = np.random.default_rng(0).integers(1, 256, (64, 64, 3), np.uint8)
+    pixels[:32], pixels[32:, :8] = 0, 0
+    shape = {"count": 3, "height": 64, "width": 64, "dtype": "uint8", "nodata": 0}
+    with rasterio.open(root / "images/town_0.tif", "w", driver="GTiff", **shape) as file:
+        file.write(pixels.transpose(2, 0, 1))
+    label = np.ones((64, 64), np.uint8)
+    write(root / "labels/town_0.png", label)
+    made = make(root, tmp_path / "out", tile=32, resize=resize)
+    assert made["tiles"]["train"] + made["tiles"]["val"] == 10
+    opened = Store.open(str(tmp_path / "out"))
+    one, other = read_tiles(opened.storage, opened.locations(["town_0-r001c000", "town_0-r001c001"]), 32)
+    assert (one.label == np.where(np.arange(32) < 8, 0, 1)).all()
+    assert (other.label == 1).all()
+
+
+@pytest.mark.ray
+def test_a_store_with_quarantined_sources_can_be_appended_to(ray_session, tmp_path):
+    root = folder(tmp_path / "in")
+    (root / "images/town_0.png").write_bytes(b"torn")
+    make(root, tmp_path / "out", tile=32, budget=0.2)
+    said: list[str] = []
+    same = make(root, tmp_path / "out", tile=32, budget=0.2, append=True, say=said.append)
+    assert (same["quarantined"], same.get("version", 1)) == (1, 1)
+    assert any("nothing to append, 1 sources cannot be used still" in line for line in said)
+    rng = np.random.default_rng(1)
+    for kind, pixels in (
+        ("images", rng.integers(0, 256, (96, 96, 3))),
+        ("labels", rng.integers(0, 3, (96, 96))),
+    ):
+        write(root / f"{kind}/town_9.png", pixels.astype(np.uint8))
+    (root / "train.txt").write_text((root / "train.txt").read_text() + "\ntown_9\n")
+    more = make(root, tmp_path / "out", tile=32, budget=0.0, append=True)
+    assert (more["version"], more["quarantined"]) == (2, 1)
+    assert more["tiles"]["train"] == same["tiles"]["train"] + 9
+
+
+@pytest.mark.ray
+def test_a_prepare_whose_sources_another_one_has_begun_anew_ends(ray_session, tmp_path, monkeypatch):
+    """The first has planned and not yet written, when the second finds more images."""
+    root, target = folder(tmp_path / "in"), tmp_path / "out"
+    original, second = prepare_module._make, []
+
+    def meanwhile(*arguments):
+        if not second:
+            second.append(True)
+            (root / "train.txt").write_text((root / "train.txt").read_text() + "\ntown_7\n")
+            write(root / "images/town_7.png", np.zeros((96, 96, 3), np.uint8))
+            write(root / "labels/town_7.png", np.zeros((96, 96), np.uint8))
+            second.append(make(root, target, tile=32))
+        original(*arguments)
+
+    monkeypatch.setattr(prepare_module, "_make", meanwhile)
+    with pytest.raises(UsageError, match=r"finished|begun anew by another job"):
+        make(root, target, tile=32)
+    monkeypatch.setattr(prepare_module, "_make", original)
+    assert make(root, target, tile=32) == second[1]
+    assert make(root, tmp_path / "alone", tile=32)["hash"] == second[1]["hash"]
 
 
 @pytest.mark.ray

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from raysed.cluster.scorekeeping import Scorekeeper
 from raysed.cluster.scoring import CHUNK, Network, Scorer, ScorerPool, Scores, Work, score_pool
 from raysed.config import SelectConfig
 from raysed.core.networks import build
+from raysed.core.scores import ScoreTable
 from raysed.core.step import to_device
 from raysed.core.uncertainty import log_probabilities, tile_scores
 from raysed.io.store import Store, read_tiles
@@ -94,6 +96,19 @@ def test_the_irreducible_loss_is_found_once_a_run_and_goes_on_from_the_ledger(st
     three = again.scores(ids, nothing, nothing)
     assert len(passes) == 1
     assert three.table["irreducible"] == one.table["irreducible"]
+
+
+def test_what_a_diverged_attempt_left_behind_is_forgotten(store):
+    select = SelectConfig(strategy="entropy", scores="overlapped")
+    keeper = Scorekeeper(None, 1.0, store, select, multiple=32, taken={})
+    running = Future()
+    keeper._ahead = running, "weights of the attempt"
+    keeper.visits = ["a"], np.zeros((1, 3 + 2 * keeper.classes), np.float32)
+    keeper.table = ScoreTable.unknown(["a"], keeper.classes)
+    running.set_exception(RuntimeError("a scorer died"))
+    keeper.forget()
+    assert keeper._ahead is None
+    assert (keeper.visits[0], len(keeper.visits[1]), len(keeper.table.ids)) == ([], 0, 0)
 
 
 def test_scorers_rest_only_when_they_will_be_idle_for_long(store):

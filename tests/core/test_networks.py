@@ -26,6 +26,14 @@ def test_same_seed_same_weights_other_seed_other_weights_global_generator_untouc
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+@pytest.mark.parametrize("arch", ["efficientunet-b0", "unet:timm-efficientnet-b0"])
+def test_every_parameter_that_is_trained_has_a_gradient(arch):
+    """DDP would wait for the others, and Adam has nothing of them to commit."""
+    net = build(arch, 2, seed=0)
+    net.train()(torch.rand(2, 3, 32, 32)).sum().backward()
+    assert [n for n, p in net.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
 @pytest.mark.parametrize(
     ("arch", "hint"),
     [("unett", "unet"), ("efficientunet-b5", "efficientunet-b"), ("unet:resnet181", "resnet")],

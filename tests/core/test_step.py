@@ -212,6 +212,46 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(extra):
     assert learner.skipped == 0
 
 
+@pytest.mark.parametrize("extra", [{}, STABLE], ids=["plain", "stable"])
+def test_an_overflow_in_fp16_changes_nothing_but_the_scale(extra):
+    """A loss scaler on the CPU stands for the GPU's; the forward pass overflows as one in fp16 may."""
+    images, labels = (np.stack(x) for x in zip(*map(tile, range(4)), strict=True))
+    x, y = to_device(images, labels, torch.device("cpu"))
+
+    def fresh() -> Learner:
+        made = Learner(
+            small_net(True), alpha=np.ones(3, np.float32), gamma=2, batch=4, precision="fp32", **extra
+        )
+        made.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3)
+        return made
+
+    learner = fresh()
+    good, bad = [MicroBatch(0, x, y)], [MicroBatch(0, x * torch.inf, y)]
+    learner.step(good, lr=1e-2, key=("o", 0), total=1)
+    before = learner.weights()
+    for scale, skipped in ((2.0, 0), (1.0, 0), (0.5, 1)):  # a scale below 1 is no longer to blame
+        done = learner.step(bad, lr=1e-2, key=("o", 1), total=1)
+        assert done.tolist() == [0, 0]
+        assert (learner.scaler.get_scale(), learner.skipped) == (scale, skipped)
+    assert all(torch.equal(v, before[k]) for k, v in learner.weights().items())
+    learner.step(good, lr=1e-2, key=("o", 2), total=1)
+    assert learner.skipped == 0
+    other = fresh()
+    other.load_weights(learner.weights())
+    other.load_optimizer_state(learner.optimizer_state())
+    for step in (3, 4, 5):
+        own = [one.step(good, lr=1e-2, key=("o", step), total=1) for one in (learner, other)]
+        assert torch.equal(*own)
+        assert learner.scaler.get_scale() == other.scaler.get_scale()
+    assert learner.scaler.get_scale() == 1.0
+
+
+def test_a_state_from_before_the_first_step_can_be_continued():
+    one, other = (train(0, 1, norm=True, ordered=False, steps=0) for _ in range(2))
+    other.load_optimizer_state(one.optimizer_state())
+    assert other.optimizer_state() == {}
+
+
 def test_the_average_is_the_recursion_and_is_what_is_evaluated_and_committed():
     learner = train(0, 1, norm=True, ordered=False, steps=0, stable=True)
     images, labels = (np.stack(x) for x in zip(*map(tile, range(2)), strict=True))

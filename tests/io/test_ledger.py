@@ -162,12 +162,12 @@ def test_a_writer_that_slept_over_a_takeover_leaves_the_committed_files_alone(ru
     assert run.storage.read(f"{folder(3)}/model.safetensors") == b"zombie"
     assert verify(run, INDEX) == []
     assert run.read(run.manifests()[3], "model.safetensors") == b"m3"
-    for cycle in range(4, 7):
+    for cycle in range(4, 8):
         commit(other, cycle)
     assert not [p for p in run.storage.list(folder(3)) if p.endswith("model.safetensors")]
 
 
-def test_retention_keeps_the_newest_two_and_every_tenth(tmp_path):
+def test_retention_keeps_the_newest_and_every_tenth(tmp_path):
     ledger = Ledger(Storage(str(tmp_path)), epoch=1)
     ledger.open(EXP, "data")
     for cycle in range(24):
@@ -176,7 +176,8 @@ def test_retention_keeps_the_newest_two_and_every_tenth(tmp_path):
     for name in ("model.safetensors", "optimizer.safetensors"):
         there = {c for c in range(24) if f"{folder(c)}/{name}" in paths}
         assert there == {c for c in range(24) if kept(name, c, 23)}
-    assert {c for c in range(24) if f"{folder(c)}/model.safetensors" in paths} == {0, 10, 20, 22, 23}
+    assert {c for c in range(24) if f"{folder(c)}/model.safetensors" in paths} == {0, 10, 20, 21, 22, 23}
+    assert {c for c in range(24) if f"{folder(c)}/optimizer.safetensors" in paths} == {22, 23}
     assert verify(ledger, INDEX) == []
 
 

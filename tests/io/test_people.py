@@ -3,12 +3,15 @@
 import csv
 import io
 import json
+import struct
+import zlib
 from urllib.parse import parse_qs
 from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from raysed.core.pool import Selection
 from raysed.core.tiles import LandClass, pixel_counts
@@ -16,7 +19,7 @@ from raysed.errors import DataError, WaitingForLabels
 from raysed.io import codec, people, store
 from raysed.io.people import Request
 from raysed.io.storage import Storage
-from raysed.io.store import Store, read_tiles
+from raysed.io.store import BadTile, Store, read_tiles
 
 SIDE = 32
 CLASSES = (LandClass("road & rail", "#112233", 4), LandClass("water", "#7788AA", 9))
@@ -56,7 +59,7 @@ def png(codes: np.ndarray) -> bytes:
 def test_a_request_holds_all_that_people_and_the_replay_need(tiles, tmp_path):
     run = Storage(str(tmp_path / "run"))
     scores = pa.table({"tile_id": ["t0", "t2"], "entropy": [1.0, 2.0]})
-    request = Request(2, PICKS.tile_ids, "abc", 2)
+    request = Request(2, PICKS.tile_ids, "abc", 2, (BadTile("t1", "torn", "0" * 64),))
     assert people.asked(run, 2) is None
     people.ask(run, request, PICKS, tiles, scores)
     assert people.asked(run, 2) == (request, scores)
@@ -110,12 +113,76 @@ def test_labels_that_came_make_a_store_that_training_can_read(tiles, labels, tmp
     assert Store.open(once.storage.uri).index["tile_id"].to_pylist() == ["t0", "t1", "t2"]
 
 
+def grey_png(bits: int) -> bytes:
+    """Codes 0 and 1 in turn, in so many bits a pixel."""
+    values = np.tile([0, 1], SIDE // 2)
+    planes = (values[:, None] >> np.arange(bits - 1, -1, -1)) & 1
+    row = b"\0" + np.packbits(planes.astype(np.uint8).ravel()).tobytes()
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", SIDE, SIDE, bits, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(row * SIDE))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_a_label_of_few_grey_levels_is_refused_because_decoders_stretch_it(tiles, labels, bits):
+    labels.write("t0.png", grey_png(bits))
+    with pytest.raises(
+        DataError, match=r"t0.png: holds (1|L;2|L;4), expected codes in 8-bit grey or a palette"
+    ):
+        people.read_labels(labels, ["t0"], tiles.dataset)
+
+
+def test_a_label_may_be_a_palette_and_has_the_size_of_its_tile(tiles, labels):
+    codes = np.full((SIDE, SIDE), 9, np.uint8)
+    codes[3] = 4
+    image, out = Image.fromarray(codes), io.BytesIO()
+    image.putpalette(list(range(30)))
+    image.save(out, "PNG")
+    labels.write("t0.png", out.getvalue())
+    found = people.read_labels(labels, ["t0"], tiles.dataset)["t0"]
+    assert found[2:5, 0].tolist() == [2, 1, 2]
+    labels.write("t0.png", png(codes[:-1]))
+    with pytest.raises(DataError, match=r"has 32 x 31 pixels, the tile has 32 x 32"):
+        people.read_labels(labels, ["t0"], tiles.dataset)
+
+
+def test_tiles_that_nobody_can_be_shown_are_named(tiles):
+    shard = tiles.storage.read("shards/part-00000.parquet")
+    [at] = tiles.locations(["t2"])
+    start = at["image_offset"]
+    tiles.storage.write("shards/part-00000.parquet", shard[:start] + bytes(8) + shard[start + 8 :])
+    assert [t.tile_id for t in people.unreadable(tiles, ["t0", "t2", "t1"])] == ["t2"]
+
+
 def polygon(name: str, points: list[list[float]]) -> dict:
     return {"type": "polygonlabels", "value": {"points": points, "polygonlabels": [name]}}
 
 
 def export(*tasks: tuple[str, list[dict]]) -> bytes:
     return json.dumps([{"data": {"tile_id": t}, "annotations": [{"result": r}]} for t, r in tasks]).encode()
+
+
+def test_what_is_no_answer_of_label_studio_has_not_come(tiles, labels):
+    half = polygon("road & rail", [[0, 0], [50, 0], [50, 100], [0, 100]])
+    answered = {"data": {"tile_id": "t0"}, "annotations": [{"result": [half]}, {"result": []}]}
+    skipped = {"data": {"tile_id": "t1"}, "annotations": [{"result": [half], "was_cancelled": True}]}
+    empty = {"data": {"tile_id": "t2"}, "annotations": [{"result": []}]}
+    outgoing = {"data": {"tile_id": "t2", "image": "x"}}
+    labels.write("export.json", json.dumps([answered, skipped, empty, outgoing]).encode())
+    assert sorted(people.read_labels(labels, ["t0", "t1", "t2"], tiles.dataset)) == ["t0"]
+    labels.write(
+        "export.json", json.dumps([{"id": 1, "tile_id": "t0", "label": [half]}]).encode()
+    )  # JSON-MIN
+    with pytest.raises(DataError, match="is not a Label Studio export in JSON"):
+        people.read_labels(labels, ["t0"], tiles.dataset)
 
 
 def test_a_label_studio_export_is_drawn_in_its_order(tiles, labels):
@@ -139,8 +206,8 @@ def test_a_label_studio_export_is_drawn_in_its_order(tiles, labels):
     ("name", "data", "text"),
     [
         ("t0.png", png(np.full((SIDE, SIDE), 7)), r"t0.png: code 7 is no class, the data set has 4, 9 and for unknown 0"),
-        ("t0.png", png(np.zeros((8, 8))), r"t0.png: its header says 8 x 8, the store holds 32 x 32"),
-        ("t0.png", b"GIF89a", r"t0.png: stored label is not PNG"),
+        ("t0.png", png(np.zeros((8, 8))), r"t0.png: has 8 x 8 pixels, the tile has 32 x 32"),
+        ("t0.png", b"GIF89a", r"t0.png: is not PNG"),
         ("e.json", b"[{]", r"e.json is not a Label Studio export"),
         ("e.json", export(("t0", [polygon("lava", [[0, 0], [9, 0], [9, 9]])])), r"e.json, tile t0, region 1: class \['lava'\]"),
         ("e.json", export(("t0", [{"type": "keypointlabels", "value": {}}])), r"tile t0, region 1: type 'keypointlabels'"),

@@ -314,6 +314,32 @@ def test_a_bad_file_is_named_by_what_was_found_with_its_hash(tmp_path, monkeypat
     assert bad.value.sha256(Storage(str(file.parent))) == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+def test_a_jpeg_is_no_label_and_a_turned_image_is_refused(tmp_path):
+    Image.fromarray(PIXELS[..., 0]).save(tmp_path / "label.jpg")
+    with pytest.raises(BadSource, match="is a JPEG, which changes class codes"):
+        read(tmp_path / "label.jpg", bands=1)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(PIXELS).save(tmp_path / "turned.jpg", exif=exif)
+    with pytest.raises(BadSource, match="is turned by its EXIF orientation 3"):
+        read(tmp_path / "turned.jpg")
+    exif[0x0112] = 1
+    Image.fromarray(PIXELS).save(tmp_path / "upright.jpg", exif=exif)
+    assert read(tmp_path / "upright.jpg").shape == PIXELS.shape
+
+
+def test_names_that_do_not_match_are_said(town):
+    (town / "labels/town_1.png").rename(town / "labels/Town_1.png")
+    (town / "labels/town_2.png").unlink()
+    (town / "images/left.png").write_bytes((town / "images/town_0.png").read_bytes())
+    assert find(Storage(str(town))).notes == (
+        "2 images have no label of their name, the first is images/town_1.png",
+        "1 of these are listed for validation and go to training, the first is images/town_2.png",
+        "1 labels have no image of their name, the first is labels/Town_1.png",
+        "1 images are left aside, neither in images/ nor listed, the first is images/left.png",
+    )
+
+
 def bomb_png(side: int) -> bytes:
     """A PNG whose header promises side x side pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)

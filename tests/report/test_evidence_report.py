@@ -63,6 +63,9 @@ def run_file(arm: str, seed: int, cycles: int = CYCLES) -> RunFile:
         "data": {"name": "made up", "hash": "ab" * 32, "tile_size": 64, "train": 100, "val": 30},
         "environment": {"commit": "c", "command": "python jobs/evidence.py", "cpu": "x", "cores": 2},
         "device": "cpu",
+        "precision": "fp32",
+        "workers": 1,
+        "threads": 1,
         "replay": [],
         "picks": picks,
         "sources": {"names": [f"s{m}" for m in range(SOURCES)], "counts": [c.tolist() for c in full[-10:]]},
@@ -270,6 +273,17 @@ def test_time_counts_every_cycle_and_the_first_with_its_scoring(results):
     assert found["time_ratio_warm"] == pytest.approx(2.09 / 2)
     assert found["time_ratio"] == pytest.approx((2.09 * CYCLES + 12) / (2 * CYCLES))
     assert goal(rows, "defensive")["time at most 1.05 times"] is False
+
+
+def test_seconds_of_several_machines_are_not_compared(results):
+    found = run_file("defensive", 0)
+    found.facts["environment"]["cpu"] = "another"
+    results.write(found.path, found.to_bytes())
+    text = write_evidence(results, KINDS, FILES, "dev")
+    rows = json.loads(results.read("summary.json"))
+    assert {r["mean"] for r in rows if "time" in r["metric"] or r["metric"] == "aulc_seconds"} == {None}
+    assert all(r["mean"] is not None for r in rows if r["metric"] == "miou")
+    assert "Seconds are not compared, the runs were made on" in text
 
 
 def diverge(results: Storage, arm: str, seed: int, cycle: int) -> None:
