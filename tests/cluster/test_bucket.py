@@ -115,6 +115,7 @@ def place(seed):
     return rasterio.Affine(0.5, 0, 325000 + 200 * seed, 0, -0.5, 2785000)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_in_a_bucket_is_exported_and_maps_a_bucket_of_images_though_it_is_killed(object_server, bucket):
     write_run(bucket)

@@ -107,7 +107,7 @@ def test_a_local_path_on_a_cluster_is_refused_with_what_to_set(cluster, bucket, 
     assert "failed with exit code 2" in status(cluster, "local")["message"]
 
 
-@pytest.mark.parametrize("token", [None, "0" * 64])
+@pytest.mark.parametrize("token", [None, pytest.param("0" * 64, marks=pytest.mark.slow)])
 def test_without_the_right_token_nothing_is_submitted_or_reached(cluster, bucket, tmp_path, token):
     small_store_at(f"{bucket}/tiles")
     keyless = {**cluster.environment, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"), "HOME": str(tmp_path)}
