@@ -78,3 +78,46 @@ def test_picks_go_out_to_people_and_the_same_command_continues(unlabelled_store,
     manifests = Ledger(Storage(str(out))).manifests()
     assert [m.record["labelled"] for m in manifests] == [12, 24]
     assert verify(Ledger(Storage(str(out))), Store.open(uri).split("train")) == []
+
+
+def spoil(uri: str, tile_id: str) -> None:
+    """Change bytes of a tile's image in its shard."""
+    opened = Store.open(uri)
+    [at] = opened.locations([tile_id])
+    data, start = bytearray(opened.storage.read(at["shard"])), at["image_offset"]
+    data[start : start + 8] = bytes(8)
+    opened.storage.write(at["shard"], bytes(data))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_bad_tile_is_never_asked_for_and_is_remembered_while_people_label(unlabelled_store, tmp_path):
+    """One would have been picked by chance, another is found by the scoring, after which the job ends and nothing is committed."""
+    uri, truth = unlabelled_store
+    out, folder = tmp_path / "run", tmp_path / "labels"
+    folder.mkdir()
+    flags = ["--data", uri, "--cycles", "2", "--select.protocol", "pool", "--pool.start", "0.1", "--select", "power-entropy",
+             "--pool.buy", "0.1", "--pool.cycles", "1", "--pool.labels", str(folder), "--data.bad-tile-budget", "0.05", *FAST]  # fmt: skip
+    asked = lambda run_, number: json.loads((run_ / f"labelling/round_{number:04d}/request.json").read_text())  # noqa: E731
+    run("active", *flags, "--run", str(tmp_path / "calm"), code=8)
+    picked = asked(tmp_path / "calm", 0)["tile_ids"]
+    unpicked = min(truth.keys() - set(picked))
+    spoil(uri, picked[0])
+    waiting = run("active", *flags, "--run", str(out), code=8)
+    assert f"tile {picked[0]} is quarantined" in waiting.stdout
+    first = asked(out, 0)
+    assert (len(first["tile_ids"]), [b["tile_id"] for b in first["quarantine"]]) == (12, [picked[0]])
+    assert picked[0] not in first["tile_ids"]
+    if unpicked in first["tile_ids"]:
+        unpicked = min(truth.keys() - {*picked, *first["tile_ids"]})
+    spoil(uri, unpicked)
+    for number in (0, 1):
+        for tile_id in asked(out, number)["tile_ids"]:
+            (folder / f"{tile_id}.png").write_bytes(truth[tile_id])
+        run("active", *flags, "--run", str(out), code=0 if number else 8)
+    second = asked(out, 1)
+    assert sorted(b["tile_id"] for b in second["quarantine"]) == sorted([picked[0], unpicked])
+    ledger = Ledger(Storage(str(out)))
+    assert [m.record["labelled"] for m in ledger.manifests()] == [12, 24]
+    assert [m.record["quarantined"] for m in ledger.manifests()] == [1, 2]
+    assert verify(ledger, Store.open(uri).split("train")) == []
