@@ -1,8 +1,9 @@
-import _thread
 import asyncio
 import itertools
 import os
 import pickle
+import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -255,14 +256,18 @@ def test_an_upload_that_is_interrupted_leaves_nothing(bucket, tmp_path, monkeypa
 
     async def interrupted(self, method, *args, **kwargs):
         if method == "upload_part" and kwargs["PartNumber"] == 2:
-            _thread.interrupt_main()
+            os.kill(os.getpid(), signal.SIGUSR1)
             await asyncio.sleep(30)
         return await call(self, method, *args, **kwargs)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(s3fs.S3FileSystem, "_call_s3", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            storage.upload("map", str(tmp_path / "map"))
+    before = signal.signal(signal.SIGUSR1, lambda *_: sys.exit(1))
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(s3fs.S3FileSystem, "_call_s3", interrupted)
+            with pytest.raises(SystemExit):
+                storage.upload("map", str(tmp_path / "map"))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
     assert not storage.exists("map")
     storage.upload("map", str(tmp_path / "map"))
     assert storage.size("map") == 20 << 20
