@@ -158,7 +158,8 @@ class Ledger:
             return Manifest(fields["cycle"], fields["files"], fields["record"])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{self.storage.uri}/{path} is damaged ({error!r}): put a copy of it back; if it is the newest, the run continues before it once it is removed"
+                f"{self.storage.uri}/{path} is damaged ({error!r}): put a copy of it back; or, if it is the newest, remove it, and the run continues "
+                "before that cycle"
             ) from error
 
     def beyond_gap(self) -> list[str]:
