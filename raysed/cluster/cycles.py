@@ -459,11 +459,8 @@ class Worker:
         """Scores of the pool, on rank 0; the other ranks wait for the selection."""
         if self.rank or self.keeper is None:
             return None
-        if self.exp.asks_people and (
-            before := people.asked(self.ledger.storage, cycle // self.exp.pool.cycles)
-        ):
-            request, table = before
-            assert table is not None
+        if request := self._asked(cycle):
+            table = people.seen(self.ledger.storage, request.number)
             return Scored(table, request.scored, {}, [], request.weights)
         with clock.phase("score"):
             scores = self.keeper.scores(
@@ -471,6 +468,12 @@ class Worker:
             )
         self._quarantine(scores.bad)
         return scores
+
+    def _asked(self, cycle: int) -> Request | None:
+        """What people were asked for before this run of the job, if the cycle begins a round."""
+        if not (self.exp.asks_people and self.exp.pool.begins(cycle)):
+            return None
+        return people.asked(self.ledger.storage, cycle // self.exp.pool.cycles)
 
     def _selectable(self) -> list[str]:
         owned = {} if self.keeper and self.keeper.features else bought(self.state)  # they are centers
@@ -510,9 +513,9 @@ class Worker:
 
     def _select(self, cycle: int, scores: Scored | None) -> tuple[Selection, list[str]]:
         """The selection, and the tiles in quarantine, of which scorers have told rank 0 alone."""
-        before = self.exp.asks_people and people.asked(self.ledger.storage, cycle // self.exp.pool.cycles)
+        before = self._asked(cycle)
         if before:
-            self._quarantine(list(before[0].quarantine))
+            self._quarantine(list(before.quarantine))
         while True:
             excluded = sorted(self.quarantine)
             selection = choose(
@@ -551,7 +554,7 @@ class Worker:
                 people.ask(
                     run, Request(number, picks.tile_ids, weights, scored, bad), picks, self.store, table
                 )
-            elif before[0].tile_ids != picks.tile_ids:
+            elif before.tile_ids != picks.tile_ids:
                 raise DataError(
                     f"{run.uri}/{people.place(number)} asks for other tiles than the ledger gives: it was changed, or is of another run"
                 )

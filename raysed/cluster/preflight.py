@@ -100,7 +100,7 @@ def check_labels(experiment: Experiment, store: Store) -> None:
         return
     number = cycle // experiment.pool.cycles
     if request := people.asked(run, number):
-        people.require(run, number, request[0].tile_ids, str(experiment.pool.labels), store.dataset)
+        people.require(run, number, request.tile_ids, str(experiment.pool.labels), store.dataset)
 
 
 def check_run_paths(experiment: Experiment) -> None:

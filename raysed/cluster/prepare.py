@@ -235,8 +235,7 @@ def _finish(
     _check_budget(storage, base, quarantine, layout, bad_budget)
     if base:
         tried = {s.name for s in layout.sources}
-        before = pq.read_table(io.BytesIO(storage.read(base.dataset.path("quarantine.parquet"))))
-        quarantine += [BadTile(**b) for b in before.to_pylist() if b["tile_id"] not in tried]
+        quarantine += [b for b in _quarantined(base) if b.tile_id not in tried]
         index, dropped = pa.concat_tables([base.index, index]), dropped + base.dataset.dropped_pixels
     store.finish(
         storage,
@@ -647,10 +646,7 @@ def _collect(storage: Storage, shards: Sequence[int]) -> tuple[pa.Table, list[Ba
 def _check_budget(
     storage: Storage, base: store.Store | None, quarantine: list[BadTile], layout: Layout, budget: float
 ) -> None:
-    known = set[tuple[str, str]]()
-    if base:
-        before = pq.read_table(io.BytesIO(storage.read(base.dataset.path("quarantine.parquet"))))
-        known = {(b["tile_id"], b["reason"]) for b in before.to_pylist()}
+    known = {(b.tile_id, b.reason) for b in _quarantined(base)} if base else set()
     found = len(quarantine)
     quarantine = [
         b for b in quarantine if (b.tile_id, b.reason) not in known
@@ -665,6 +661,12 @@ def _check_budget(
         f"{len(quarantine)} of {len(layout.sources)} sources are unusable, --bad-budget allows {budget:g} of them "
         f"({shown}; all are in {storage.uri}/{path}){remedy}"
     )
+
+
+def _quarantined(base: store.Store) -> list[BadTile]:
+    """The sources that a store could not use."""
+    data = base.storage.read(base.dataset.path("quarantine.parquet"))
+    return [BadTile(**b) for b in pq.read_table(io.BytesIO(data)).to_pylist()]
 
 
 def _own(base: store.Store | None, name: str) -> str:

@@ -71,14 +71,14 @@ def decode_codes(data: bytes, side: int) -> np.ndarray:
                 raise ValueError(
                     f"has {image.size[0]} x {image.size[1]} pixels, the tile has {side} x {side}"
                 )
-            if image.mode != "P" and few_bits(image) != "L":
-                raise ValueError(f"holds {few_bits(image)}, expected codes in 8-bit grey or a palette")
+            if image.mode != "P" and stored_kind(image) != "L":
+                raise ValueError(f"holds {stored_kind(image)}, expected codes in 8-bit grey or a palette")
             return np.asarray(image)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot be decoded ({' '.join(str(error).split())[:120]})") from error
 
 
-def few_bits(image: Image.Image) -> str:
+def stored_kind(image: Image.Image) -> str:
     """Kind of the stored pixels of an opened PNG: L;2 for two bits of grey, of which Pillow makes 0, 85, 170 and 255."""
     kinds = [part[3] for part in image.tile]  # type: ignore[attr-defined]
     return str(kinds[0]) if kinds else image.mode

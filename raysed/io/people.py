@@ -75,15 +75,22 @@ def ask(run: Storage, request: Request, picks: Selection, tiles: Store, scores: 
     folder.write("request.json", (json.dumps(asdict(request), indent=1) + "\n").encode())
 
 
-def asked(run: Storage, number: int) -> tuple[Request, pa.Table | None] | None:
-    """The request of a round and the scores that it was picked by; None if there was none."""
+def asked(run: Storage, number: int) -> Request | None:
+    """The request of a round; None if there was none."""
     folder = run.at(place(number))
     if not folder.exists("request.json"):
         return None
     fields = json.loads(folder.read("request.json"))
-    request = Request(**{**fields, "quarantine": tuple(BadTile(**b) for b in fields["quarantine"])})
-    found = folder.exists("scores.parquet")
-    return request, pq.read_table(io.BytesIO(folder.read("scores.parquet"))) if found else None
+    return Request(**{**fields, "quarantine": tuple(BadTile(**b) for b in fields["quarantine"])})
+
+
+def seen(run: Storage, number: int) -> pa.Table:
+    """The scores that a round's picks were chosen by.
+
+    Raises:
+        FileNotFoundError: they were chosen without.
+    """
+    return pq.read_table(io.BytesIO(run.at(place(number)).read("scores.parquet")))
 
 
 def read_labels(folder: Storage, ids: Sequence[str], dataset: Dataset) -> dict[str, np.ndarray]:

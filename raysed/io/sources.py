@@ -22,7 +22,7 @@ from PIL import Image
 
 from raysed.core.tiles import OPENEARTHMAP, LandClass, check_id, label_lookup, region_of
 from raysed.errors import StorageError, UsageError
-from raysed.io.codec import few_bits
+from raysed.io.codec import stored_kind
 from raysed.io.storage import Storage
 
 Image.MAX_IMAGE_PIXELS = None  # sizes are checked here, against the limits below, before anything is decoded
@@ -547,17 +547,16 @@ class Raster:
         if self.bands == 1 and form == "JPEG":
             raise self.bad("is a JPEG, which changes class codes near borders: give PNG or GeoTIFF")
         turned = 1
-        with contextlib.suppress(Exception):  # broken EXIF turns nothing
-            turned = (
-                self._image.getexif().get(_ORIENTATION, 1) if form == "JPEG" else 1
-            )  # a PNG would be decoded
+        if form == "JPEG":  # to ask a PNG would decode it
+            with contextlib.suppress(Exception):  # broken EXIF turns nothing
+                turned = self._image.getexif().get(_ORIENTATION, 1)
         if turned != 1:
             raise self.bad(
                 f"is turned by its EXIF orientation {turned}: save it upright, as its label is drawn"
             )
         mode, names = self._image.mode, self._image.getbands()
         kind = "uint8" if mode in ("RGB", "RGBA", "L", "LA") or (mode, self.bands) == ("P", 1) else mode
-        stored = few_bits(self._image)
+        stored = stored_kind(self._image)
         if len(names) > 1 and ";16" in stored:
             kind = "uint16 (of which a PNG would give the upper halves: make a GeoTIFF of it)"
         elif stored in ("L;2", "L;4"):
@@ -669,10 +668,8 @@ def ground_size(crs: str | None, transform: Sequence[float] | None) -> tuple[flo
         return None
     unit = parsed.linear_units_factor[1]
     a, b, c, d, e, f = transform
-    if (known := parsed.to_dict()).get("proj") in (
-        "merc",
-        "webmerc",
-    ):  # stretched by latitude, not only in places
+    known = parsed.to_dict()
+    if known.get("proj") in ("merc", "webmerc"):
         from rasterio.warp import transform as moved
 
         latitude = moved(parsed, "EPSG:4326", [c], [f])[1][0]

@@ -4,7 +4,6 @@ An arm is judged against the best passive arm, the one of highest mean IoU, seed
 weights and see the same augmentation of a tile in a cycle.  Letters: S seeds, M source images, T cycles, C classes.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -127,15 +126,16 @@ def summary_rows(arms: Sequence[Judged], split: str, primary: str | None = None)
     ends = {a.name: {s: by_labels(c) for s, c in curves[a.name].items()} for a in arms if a.buys_labels}
     _add_labels(values, ends)
     best = _best_passive(arms, values)
-    if len(machines(arms)) > 1:
+    timed = len(machines(arms)) == 1
+    if not timed:
         for own in (v for found in values.values() for v in found.values()):
-            own |= {"aulc_seconds": None, "seconds": math.nan, "warm": math.nan}
+            own["aulc_seconds"] = None
     for arm in arms:
         for mine, theirs in zip(*arm.paired(best), strict=True):
             own, other = values[arm.name][mine.seed], values[best.name][theirs.seed]
             own |= {
-                "time_ratio": _known(own["seconds"] / other["seconds"]),
-                "time_ratio_warm": _known(own["warm"] / other["warm"]),
+                "time_ratio": own["seconds"] / other["seconds"] if timed else None,
+                "time_ratio_warm": own["warm"] / other["warm"] if timed else None,
             }
     budgets = sorted({int(n) for own in ends.values() for labels, _ in own.values() for n in labels})
     rows = []
@@ -154,20 +154,11 @@ def machines(arms: Sequence[Judged]) -> list[str]:
     """What the runs were made on, each kind once; seconds are compared only if it is one."""
     found = []
     for run in (r for a in arms for r in a.runs):
-        env, kinds = (
-            run.facts["environment"],
-            [run.facts[k] for k in ("device", "precision", "workers", "threads")],
-        )
-        device, precision, workers, threads = kinds
+        facts, env = run.facts, run.facts["environment"]
         gpu = f", {env['gpu']}" if env.get("gpu") else ""
-        found.append(
-            f"{env['cores']} cores of {env['cpu']}{gpu}: {workers} workers on {device} in {precision}, {threads} threads"
-        )
+        use = f"{facts['workers']} workers on {facts['device']} in {facts['precision']}, {facts['threads']} threads"
+        found.append(f"{env['cores']} cores of {env['cpu']}{gpu}: {use}")
     return list(dict.fromkeys(found))
-
-
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else value
 
 
 def _values(run: RunFile) -> dict[str, Any]:

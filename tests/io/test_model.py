@@ -140,9 +140,7 @@ def test_scale_and_metres_come_from_the_tiles(tmp_path):
     assert record.scale == (2.0, 2.0)
     assert record.metres == pytest.approx(0.6)
     assert ground_size("EPSG:2263", [3, 0, 0, 0, -3, 0]) == pytest.approx((0.9144, 0.9144), rel=1e-5)  # feet
-    north = 6378137 * math.log(
-        math.tan(math.radians(75))
-    )  # 60 degrees in EPSG:3857, where a metre is drawn as two
+    north = 6378137 * math.log(math.tan(math.radians(75)))  # 60 degrees, where Mercator draws a metre as two
     assert ground_size("EPSG:3857", [2, 0, 0, 0, -2, north]) == pytest.approx((1, 1), rel=1e-6)
     assert model.of_run(write_run(tmp_path / "bare")).record.metres is None
 

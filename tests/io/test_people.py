@@ -62,7 +62,8 @@ def test_a_request_holds_all_that_people_and_the_replay_need(tiles, tmp_path):
     request = Request(2, PICKS.tile_ids, "abc", 2, (BadTile("t1", "torn", "0" * 64),))
     assert people.asked(run, 2) is None
     people.ask(run, request, PICKS, tiles, scores)
-    assert people.asked(run, 2) == (request, scores)
+    assert people.asked(run, 2) == request
+    assert people.seen(run, 2) == scores
     folder = run.at(people.place(2))
     seen = codec.decode_picture(folder.read("images/t2.png"))
     assert np.array_equal(seen, read_tiles(tiles.storage, tiles.locations(["t2"]), SIDE)[0].image)
