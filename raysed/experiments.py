@@ -52,6 +52,19 @@ PAPER_SHORT = Experiment(
 The paper's learning rate needs its 11500 steps; these are 600, so it is 20 times as high and decays.
 Cost of a run of 203 tiles of 128 px on one core: 8 minutes for b0, 15 for b0 active, 17 for b4, 100 for U-Net."""
 
+PAPER_SYNTHETIC = Experiment(
+    cycles=60,
+    optim=OptimConfig(lr=2e-3, schedule="cosine", batch=8, micro_batch=8),
+    augment=AugmentConfig(
+        max_noise_variance=0.0025, max_hue_shift=0, max_saturation_shift=0.05, max_value_shift=0.05
+    ),
+)
+"""The same on the synthetic world, whose classes are told apart by colour more than real ones: no hue shift, a sixteenth of the noise.
+    python jobs/prepare.py --source synthetic --scenes 64 --tile 64 --target STORE
+    python jobs/compare.py --preset paper-synthetic --data STORE --run RUN --seeds 0,1,2 --only b0,b0-active
+With the paper's augmentation b0 from scratch stays at 0.11 mIoU after 1200 steps, with this one it passes 0.23.
+Cost of a run of 832 tiles of 64 px on one core: 8 minutes for b0, 60 for U-Net."""
+
 STABILISERS: Mapping[str, Any] = {
     "optim.schedule": "cosine",
     "optim.ema": 0.999,
@@ -67,6 +80,7 @@ PRESETS = {
     "demo": DEMO,
     "paper": PAPER,
     "paper-short": PAPER_SHORT,
+    "paper-synthetic": PAPER_SYNTHETIC,
     "paper-passive": replace(PAPER, select=SelectConfig()),
     "stable": with_overrides(PAPER, STABILISERS, "stable"),
     "yardstick": YARDSTICK,
