@@ -87,7 +87,7 @@ class OptimConfig:
     micro_batch: int = 8
     """Tiles a forward pass.  A step is batch / micro_batch of them whatever the worker count, so batch norm sees the same groups."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Autocast type; auto is bf16 where the device computes in it, else fp16 on GPUs and fp32 on CPUs."""
+    """Autocast type; auto is bf16 where the device is fastest in it for this network, else fp16 on GPUs and fp32 on CPUs."""
     rollbacks: int = 1
     """Times that training which diverges (more than 3 steps in a row without a finite gradient, or a loss that is not finite) goes
     back to the last commit, at half the learning rate."""

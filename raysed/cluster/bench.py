@@ -206,7 +206,9 @@ class Bench:
     def learner(self, batch: int = 16) -> Learner:
         """A fresh network in training, the default precision."""
         net = networks.build(ARCH, self.classes, 0)
-        return Learner(net, alpha=self.alpha, gamma=2, batch=batch, precision=resolve_precision("auto", CPU))
+        return Learner(
+            net, alpha=self.alpha, gamma=2, batch=batch, precision=resolve_precision("auto", CPU, net)
+        )
 
 
 def timed(action: Callable[[], Any]) -> float:
@@ -322,7 +324,7 @@ def plain_loop(bench: Bench) -> Callable[[Any], None]:
     net = networks.build(ARCH, bench.classes, 0).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     adam = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], 1e-3)
     alpha = torch.from_numpy(bench.alpha)
-    dtype = DTYPES[resolve_precision("auto", CPU)]
+    dtype = DTYPES[resolve_precision("auto", CPU, net)]
 
     def loop(loader: Any) -> None:
         for k, (images, labels) in enumerate(loader):
@@ -485,7 +487,7 @@ def predict_over_bare(bench: Bench) -> Row:
         """Seconds a window, were every core as fast as these threads."""
         torch.set_num_threads(threads)
         x = to_device(images, np.zeros(0, np.uint8), CPU)[0]
-        times = [timed(lambda: logits(net, x, resolve_precision("auto", CPU))) for _ in range(9)]
+        times = [timed(lambda: logits(net, x, resolve_precision("auto", CPU, net))) for _ in range(9)]
         return float(np.median(times[1:])) / BATCH * threads / cores
 
     mapped(short)
@@ -547,7 +549,7 @@ def scoring_over_bare(bench: Bench) -> Row:
 
     def bare() -> None:
         for batch in batches:
-            scored(net, to_device(batch, np.zeros(0, np.uint8), CPU)[0], resolve_precision("auto", CPU))
+            scored(net, to_device(batch, np.zeros(0, np.uint8), CPU)[0], resolve_precision("auto", CPU, net))
 
     pairs = alternating(lambda: _pool_seconds(bench, scorers, weights), bare, 4)
     scorers.kill()
@@ -719,8 +721,8 @@ def latency(bench: Bench) -> Row:
     times: dict[str, list[float]] = {}
     for arch in ARCHS:
         net = networks.build(arch, bench.classes, 0).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-        scored(net, x, resolve_precision("auto", CPU))
-        forward = partial(scored, net, x, resolve_precision("auto", CPU))
+        scored(net, x, resolve_precision("auto", CPU, net))
+        forward = partial(scored, net, x, resolve_precision("auto", CPU, net))
         times[arch] = [1e3 * timed(forward) for _ in range(7)]
     return row("latency", times[ARCH], [{k: round(float(np.median(v)), 1) for k, v in times.items()}])
 
@@ -729,7 +731,7 @@ def step_growth(arch: str, classes: int) -> float:
     """GiB by which this process grows at most while it makes a network and takes a training step."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     net = networks.build(arch, classes, 0)
-    precision = resolve_precision("auto", CPU)
+    precision = resolve_precision("auto", CPU, net)
     learner = Learner(net, alpha=np.ones(classes, np.float32), gamma=2, batch=4, precision=precision)
     tiles = np.zeros((4, 256, 256, 3), np.uint8), np.ones((4, 256, 256), np.uint8)
     learner.step([MicroBatch(0, *to_device(*tiles, CPU))], lr=1e-6, key=("bench",), total=1)

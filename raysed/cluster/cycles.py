@@ -154,7 +154,6 @@ class Worker:
         self.ledger = Ledger(Storage(str(self.exp.run)), arm.epoch, start)
         dataset = self.store.dataset
         self.names = [c.name for c in dataset.classes]
-        self.precision = resolve_precision(self.exp.optim.precision, self.device)
         self.learner = self._learner()
         self.nodes: Counter[str] = Counter()
         """Threads that the ranks use, by node."""
@@ -258,12 +257,13 @@ class Worker:
 
     def _learner(self) -> Learner:
         exp, dataset = self.exp, self.store.dataset
+        net = self._network().to(self.device)
         return Learner(
-            self._network().to(self.device),
+            net,
             alpha=class_weights(pixels_of(self.pool, len(dataset.classes)), exp.loss.alpha_power),
             gamma=exp.loss.gamma,
             batch=exp.optim.batch,
-            precision=self.precision,
+            precision=resolve_precision(exp.optim.precision, self.device, net),
             ordered_sums=exp.optim.ordered_sums,
             weight_decay=exp.optim.weight_decay,
             clip=exp.optim.clip,
@@ -404,7 +404,7 @@ class Worker:
                 },
                 "workers": self.workers,
                 "threads": self.threads,
-                "precision": self.precision,
+                "precision": self.learner.precision,
                 "device": str(self.device),
                 "environment": self.setup.environment,
                 "started": started,

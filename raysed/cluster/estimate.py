@@ -221,12 +221,13 @@ def measure(experiment: Experiment, classes: int, side: int, device: str) -> tup
     here = local_workers(experiment.cluster, device, alive[node_id()], list(alive.values()))
     torch.set_num_threads(experiment.cluster.threads or max(1, node_cpus() // here))
     place = torch.device(device)
+    net = networks.build(experiment.model.arch, classes, experiment.seed).to(place)
     learner = Learner(
-        networks.build(experiment.model.arch, classes, experiment.seed).to(place),
+        net,
         alpha=np.ones(classes, np.float32),
         gamma=experiment.loss.gamma,
         batch=experiment.optim.batch,
-        precision=resolve_precision(experiment.optim.precision, place),
+        precision=resolve_precision(experiment.optim.precision, place, net),
         ordered_sums=False,
     )
     rng, size = np.random.default_rng(0), experiment.optim.micro_batch

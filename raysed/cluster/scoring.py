@@ -61,7 +61,7 @@ class Scorer:
         self.device = torch.device(network.device)
         net = build(network.arch, network.classes, seed=0).to(self.device)
         self.net = net.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-        self.precision = resolve_precision(network.precision, self.device)
+        self.precision = resolve_precision(network.precision, self.device, net)
         self.storage, self.side, self.version = Storage(uri), side, ""
         self.classes = network.classes
         self.cache: dict[str, np.ndarray] = {}

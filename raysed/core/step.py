@@ -30,16 +30,20 @@ _TRAINING, _AGE = "training/", "average/steps"
 """Names in the optimiser's state."""
 
 
-def resolve_precision(wanted: str, device: torch.device) -> Precision:
-    """`auto` as what the device computes in: bf16 where it is native, else fp16 on GPUs and fp32 on CPUs.
+def resolve_precision(wanted: str, device: torch.device, net: nn.Module) -> Precision:
+    """`auto` as what the device computes this network fastest in: bf16 where it is native, else fp16 on GPUs and fp32 on CPUs.
 
-    On a CPU that has no bf16 matrix units, bf16 autocast is an emulation, measured 10 times slower than fp32.
+    A CPU with bf16 vectors but no bf16 matrix units trains the classic U-Net 1.9 times as fast in bf16, and networks with grouped
+    convolutions at 0.75 to 0.9 of fp32 (AMD Zen 4).  One with neither emulates bf16, measured 10 times slower than fp32.
     """
     if wanted != "auto":
         return wanted  # type: ignore[return-value]
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
+    if torch.cpu._is_amx_tile_supported():
+        return "bf16"
+    dense = all(m.groups == 1 for m in net.modules() if isinstance(m, nn.Conv2d))
+    return "bf16" if dense and torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
 def to_images(images: np.ndarray, device: torch.device) -> Tensor:

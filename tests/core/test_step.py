@@ -14,7 +14,7 @@ from raysed.core.counts import class_sums
 from raysed.core.networks import Network, UNet
 from raysed.core.plan import plan
 from raysed.core.randomness import keyed_rng
-from raysed.core.step import Learner, MicroBatch, learning_rate, to_device
+from raysed.core.step import Learner, MicroBatch, learning_rate, resolve_precision, to_device
 
 SIDE, CLASSES, BATCH, MICRO = 16, 3, 8, 2
 IDS = [f"t{i}" for i in range(21)]  # the last step has 5 tiles: micro-batches of 2, 2, 1 and none
@@ -292,7 +292,7 @@ def test_clipping_bounds_the_norm_and_decay_spares_biases():
         learner.step([MicroBatch(0, x, y)], lr=1e-2, key=("k",), total=1)
     assert gradients(clipped).norm().item() == pytest.approx(1e-3, rel=1e-3)
     one, other = gradients(clipped), gradients(free)
-    assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.9999
+    assert nn.functional.cosine_similarity(one, other, dim=0) > 0.9999
     decayed = Learner(small_net(False), alpha=alpha, gamma=2, batch=4, precision="fp32", weight_decay=0.5)
     before = small_net(False).state_dict()
     decayed.step([MicroBatch(0, x, y)], lr=1e-2, key=("k",), total=1)
@@ -327,3 +327,17 @@ def test_cosine_starts_at_the_base_and_ends_near_zero():
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] < 1e-3
     assert learning_rate(0.3, "constant", 99, 100) == 0.3
+
+
+@pytest.mark.parametrize(
+    ("matrices", "vectors", "dense", "grouped"),
+    [(True, True, "bf16", "bf16"), (False, True, "bf16", "fp32"), (False, False, "fp32", "fp32")],
+)
+def test_auto_is_the_precision_in_which_this_cpu_is_fastest(monkeypatch, matrices, vectors, dense, grouped):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrices)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: vectors)
+    cpu, conv = torch.device("cpu"), nn.Conv2d(4, 4, 3)
+    depthwise = nn.Sequential(conv, torch.nn.Conv2d(4, 4, 3, groups=4))
+    assert resolve_precision("auto", cpu, conv) == dense
+    assert resolve_precision("auto", cpu, depthwise) == grouped
+    assert resolve_precision("fp32", cpu, conv) == "fp32"
