@@ -223,8 +223,7 @@ class Storage:
             except FileNotFoundError:
                 raise
             except OSError as error:
-                busy = not self.is_local and any(word in str(error) for word in _BUSY)
-                if not busy or time.monotonic() - began > _PATIENCE:
+                if self.is_local or not _is_busy(error) or time.monotonic() - began > _PATIENCE:
                     raise StorageError(f"{self.uri}/{path}: {_line(error)}") from error
             time.sleep(random.uniform(pause / 2, pause))
             pause = min(2 * pause, 5.0)
@@ -240,8 +239,7 @@ class Storage:
             os.replace(_temporary(full, data), full)
             _fsync_directory(full)
             return
-        with self._arrow.open_output_stream(full) as stream:
-            stream.write(data)
+        _by_s3fs(lambda: self._s3fs.pipe_file(full, data))
 
     def _upload(self, full: str, file: str) -> None:
         if self.is_local:
@@ -255,7 +253,6 @@ class Storage:
                 raise
             _fsync_directory(full)
             return
-        # an output stream of pyarrow completes its upload when it is closed, also by an exception in the middle
         _by_s3fs(lambda: self._s3fs.put_file(file, full, chunksize=_PIECE, max_concurrency=2))
 
     def _list(self, full: str) -> dict[str, Seen]:
@@ -308,6 +305,7 @@ class Storage:
 
     @cached_property
     def _s3fs(self) -> Any:
+        """What writes: an output stream of pyarrow completes its upload when it is closed, also by an exception in the middle."""
         import s3fs
 
         endpoint, _ = _place()
@@ -317,6 +315,12 @@ class Storage:
             "retries": {"max_attempts": _ATTEMPTS, "mode": "standard"},
         }
         return s3fs.S3FileSystem(endpoint_url=endpoint, config_kwargs=limits, skip_instance_cache=True)
+
+
+def _is_busy(error: OSError) -> bool:
+    """Whether a store may well answer otherwise in a while; s3fs passes on the words of an answer, and the answer as the cause."""
+    answer = getattr(error.__cause__, "response", {}).get("ResponseMetadata", {})
+    return answer.get("HTTPStatusCode", 0) >= 500 or any(word in str(error) for word in _BUSY)
 
 
 def _by_s3fs(action: Callable[[], None]) -> None:

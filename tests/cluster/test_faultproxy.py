@@ -58,7 +58,7 @@ def test_signed_requests_of_every_kind_pass(storage):
 def test_retries_recover_from_a_short_outage(storage, proxy, rule):
     storage.write("a", b"before" * 1000)
     proxy.add(rule)
-    for _ in range(10 if rule.share < 1 else 1):
+    for _ in range(30 if rule.share < 1 else 1):
         assert storage.read("a") == b"before" * 1000
     storage.write("b", b"during")
     assert storage.create("c", b"token")
@@ -128,10 +128,15 @@ def test_a_store_that_stays_busy_is_not_asked_for_ever(storage, proxy, monkeypat
     monkeypatch.setattr("raysed.io.storage._PATIENCE", 3.0)
     storage.write("a", b"x")
     proxy.add(Rule("slowdown"))
-    began = time.monotonic()
-    with pytest.raises(StorageError, match="503"):
-        storage.read("a")
-    assert 3 < time.monotonic() - began < 30
+    for action in (
+        lambda: storage.read("a"),
+        lambda: storage.write("a", b"y"),
+        lambda: storage.create("b", b"x"),
+    ):
+        began = time.monotonic()
+        with pytest.raises(StorageError, match="503|reduce your request rate"):
+            action()
+        assert 3 < time.monotonic() - began < 30
 
 
 @pytest.mark.timeout(120)
