@@ -34,7 +34,7 @@ PREPARE = (
     *("--target", DATA),
 )  # fmt: skip
 ACTIVE = ("python", "jobs/active.py", "--preset", "demo", "--workers", "2", "--optim.micro-batch", "4")
-TWO_NODES = (*ACTIVE, "--cycles", "3")
+TWO_NODES = (*ACTIVE, "--cycles", "3", "--scorers", "2")
 ELASTIC = (
     *(*ACTIVE, "--baseline", "false", "--cycles", "8", "--cluster.min-workers", "1", "--cluster.threads", "1"),
     *("--select.tiles", "160"),
