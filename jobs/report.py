@@ -11,7 +11,6 @@ RUN is a local path or s3://bucket/prefix; a run with a baseline is taken with b
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from raysed.cli import Parser, main
 from raysed.compare import collect_all
@@ -61,7 +60,7 @@ def job(argv: Sequence[str]) -> int:
         return 0
     rebuild(run)
     if args.results:
-        write_results(run, Path(args.results))
+        write_results(run, Storage(args.results))
     return 0
 
 
@@ -114,13 +113,12 @@ def rebuild(run: Storage) -> None:
     print(f"\ncycles   {run.uri}/cycles.jsonl\nsummary  {run.uri}/summary.json\nreport   {write_report(run)}")
 
 
-def write_results(run: Storage, folder: Path) -> None:
+def write_results(run: Storage, results: Storage) -> None:
     """The files of a reported experiment."""
     files = result_files(run)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        (folder / name).write_text(text)
-    print(f"results  {folder}: {' '.join(files)}")
+        results.write(name, text.encode())
+    print(f"results  {results.uri}: {' '.join(files)}")
 
 
 if __name__ == "__main__":

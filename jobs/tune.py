@@ -4,7 +4,7 @@
     python jobs/train.py --data data/tiles --run runs/best --config runs/sweep/results/best.json --cycles 60
 
 Trial 0 is the experiment as it stands and is never stopped; the others draw optim.lr log-uniformly in 1e-5..1e-2, loss.gamma in
-0..4 and loss.alpha_power in 0..1.  ASHA looks after a quarter and a half of the cycles and lets the better half go on.  As many
+0..4 and loss.alpha_power in 0..1.  ASHA looks after a quarter of the cycles and at each doubling, and lets the better half go on.  As many
 trials run at once as the cluster holds.  The same command again runs unfinished trials only; more --trials extend a sweep.
 """
 

@@ -8,7 +8,7 @@ from raysed import cli
 from raysed.cluster.abreast import carry_out_all
 from raysed.cluster.estimate import dry_run
 from raysed.config import Experiment, with_overrides
-from raysed.errors import EXIT_INTERRUPTED, UsageError
+from raysed.errors import EXIT_INTERRUPTED, DivergedError, UsageError
 from raysed.experiments import COMPARED
 from raysed.io.ledger import Ledger
 from raysed.io.storage import Storage
@@ -40,6 +40,10 @@ def compare(doc: str | None, argv: Sequence[str]) -> int:
         )
     names, seeds = _names(args.only), seeds_of(args.seeds)
     base, preset = cli.parse_experiment(args, Experiment())
+    if base.model.init is not None:
+        raise UsageError(
+            f"--config {args.config} has model.init: the runs of a comparison have networks of their own"
+        )
     base = with_data(base, preset)
     root = Storage(base.run or f"runs/compare-{preset or 'paper'}")
     results = Storage(args.results) if args.results else root.at("results")
@@ -71,11 +75,17 @@ def run_all(
     Returns:
         0; the exit code of a run that diverged; or that of the signal which ended the series.
     """
-    left = []
+    left, ended_with = [], 0
     for name, experiment in runs:
         label = runfile.file_of(name, experiment.seed)
-        if is_finished(results, label, experiment, store, last="sources" if evidence else "robustness"):
+        found = known(results, label, Storage(str(experiment.run)), store)
+        if found and found.is_finished(experiment, last="sources" if evidence else "robustness"):
             say(f"{label}: finished")
+        elif found and found.ended_diverged:
+            say(
+                f"{label}: diverged in cycle {found.facts['diverged']['cycle'] + 1}, not tried again while its file is there"
+            )
+            ended_with = DivergedError.exit_code
         elif args.dry_run:
             say(f"\n{name}, seed {experiment.seed}")
             dry_run(experiment, tiles_per_second=args.tiles_per_second, price=args.price, say=say)
@@ -99,7 +109,7 @@ def run_all(
     if not evidence and code not in EXIT_INTERRUPTED.values():
         for number in over:  # now that no other run takes from the time of its forward passes
             collected(number, measured=True)
-    return code
+    return code or ended_with
 
 
 def plan(
@@ -113,21 +123,25 @@ def plan(
             yield name, with_overrides(base, {**common, **COMPARED[name].fields}, name)
 
 
-def is_finished(results: Storage, path: str, experiment: Experiment, store: Store, *, last: str) -> bool:
-    """A run is finished when its result file says so, whatever is left of its directory.
+def known(results: Storage, path: str, run: Storage, store: Store) -> RunFile | None:
+    """The result file of a run, whatever is left of the run's directory; None if there is none.
 
     Raises:
-        UsageError: the file is of another configuration or data set.
+        UsageError: file or directory are of another data set, or of a version of it before tiles were appended.
     """
-    if not results.exists(path):
-        return False
-    found: RunFile = runfile.read(results, path)
-    if found.facts["data"]["hash"] != store.dataset.content_hash:
+    found = runfile.read(results, path) if results.exists(path) else None
+    if found:
+        where, ran_on = f"{results.uri}/{path}", found.facts["data"]["hash"]
+    elif run.exists("config.json"):
+        where, ran_on = run.uri, Ledger(run).config()[1]
+    else:
+        return None
+    if ran_on != store.dataset.content_hash:
         raise UsageError(
-            f"{results.uri}/{path} ran on data set {found.facts['data']['hash'][:12]}, the store is "
-            f"{store.dataset.content_hash[:12]}: choose another --run and --results"
+            f"{where} ran on data set {ran_on[:12]}, the store is {store.dataset.content_hash[:12]}: all runs of a series have "
+            "one data set, choose another --run and --results"
         )
-    return found.is_finished(experiment, last)
+    return found
 
 
 def collect_all(root: Storage) -> Storage:
@@ -163,6 +177,8 @@ def collect_all(root: Storage) -> Storage:
 
 def _names(text: str | None) -> list[str]:
     names = text.split(",") if text else list(COMPARED)
+    if len(set(names)) < len(names):
+        raise UsageError(f"--only names a run twice: {text}")
     if unknown := [n for n in names if n not in COMPARED]:
         raise UsageError(f"--only takes {', '.join(COMPARED)}, got {unknown[0]!r}")
     return names
@@ -171,6 +187,9 @@ def _names(text: str | None) -> list[str]:
 def seeds_of(text: str) -> list[int]:
     """The numbers of --seeds."""
     try:
-        return [int(s) for s in text.split(",")]
+        seeds = [int(s) for s in text.split(",")]
     except ValueError:
         raise UsageError(f"--seeds must be whole numbers with commas between, got {text!r}") from None
+    if len(set(seeds)) < len(seeds):
+        raise UsageError(f"--seeds names a seed twice: {text}")
+    return seeds

@@ -23,8 +23,9 @@ from raysed.runs import say, with_data
 
 OWN = ("select.strategy", "select.options", "seed", "baseline", "data.validation")
 """Fields that arms, seeds and split fix."""
-SHARED = ("run", "seed", "baseline", "data.validation", "select.strategy", "model.init")
-"""Fields that no arm may have of its own: it would be another arm than its name says, or start from other weights."""
+SHARED = ("run", "seed", "baseline", "cycles", "data.", "select.strategy", "model.init")
+"""Fields, or what they begin with, that no arm may have of its own: it would be another arm than its name says, start from other
+weights, or be judged by other cycles or images."""
 CEILING = "ceiling"
 """Arm that trains on all tiles in every cycle: what there is to win, at several times the compute."""
 RIVALS = ("infobatch",)
@@ -54,12 +55,9 @@ class EvidenceArm:
         passive = not STRATEGIES[self.strategy].needs or self.strategy in RIVALS
         return "passive" if passive else "active"
 
-    def experiment(self, base: Experiment, run: str, seed: int, split: str) -> Experiment:
-        """The run of a seed.
-
-        Raises:
-            UsageError: a field that there is not, or a value that it does not take.
-        """
+    @property
+    def fixed(self) -> dict[str, str]:
+        """Dotted fields that make this arm; all others are those of the series."""
         own = {"select.strategy": self.strategy}
         if self.strategy == CEILING:
             own = {
@@ -70,8 +68,16 @@ class EvidenceArm:
             }
         if self.strategy == "class-random":
             own["loss.alpha_power"] = "0"  # one channel for class balance
+        return {**own, **self.fields}
+
+    def experiment(self, base: Experiment, run: str, seed: int, split: str) -> Experiment:
+        """The run of a seed.
+
+        Raises:
+            UsageError: a field that there is not, or a value that it does not take.
+        """
         common = {"run": run, "seed": seed, "baseline": False, "data.validation": split}
-        experiment = with_overrides(base, {**own, **self.fields, **common}, f"arm {self.name}")
+        experiment = with_overrides(base, {**self.fixed, **common}, f"arm {self.name}")
         strategy_of(experiment.select.strategy, experiment.select.options)  # refused now, not hours later
         return experiment
 
@@ -89,7 +95,7 @@ def arms_of(text: str) -> list[EvidenceArm]:
             raise UsageError(f"--arms takes {CEILING}, {', '.join(STRATEGIES)}, got {strategy!r}")
         if bad := [f for f in rest if "=" not in f]:
             raise UsageError(f"--arms: {name!r} must be strategy[:field=value], {bad[0]!r} has no value")
-        if fixed := [f for f in rest if f.split("=", 1)[0] in SHARED]:
+        if fixed := [f for f in rest if f.split("=", 1)[0].startswith(SHARED)]:
             raise UsageError(
                 f"--arms: {name!r} must not have {fixed[0]!r}: it is the same for all arms, or their strategy"
             )
@@ -134,8 +140,9 @@ def evidence(doc: str | None, argv: Sequence[str]) -> int:
     if args.dry_run or code in EXIT_INTERRUPTED.values():
         return code
     kinds, files = {a.name: a.kind for a in arms}, {a.name: a.file for a in arms}
+    own = {a.file: a.fixed.keys() for a in arms}
     counted = seeds if args.split == "report" else None
-    say("\n" + write_evidence(results, kinds, files, args.split, primary=primary, seeds=counted))
+    say("\n" + write_evidence(results, kinds, files, args.split, own=own, primary=primary, seeds=counted))
     if combined := renew_combined(results):
         say(f"all folders  {combined}")
     return code

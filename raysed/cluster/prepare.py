@@ -23,6 +23,7 @@ from raysed.cluster.connect import check_paths, connect
 from raysed.cluster.room import secure_task
 from raysed.cluster.tasks import run_tasks
 from raysed.core import tiles
+from raysed.core.splits import shard_path
 from raysed.core.tiles import OPENEARTHMAP
 from raysed.errors import DataError, UsageError
 from raysed.io import codec, sources, store
@@ -196,6 +197,7 @@ def prepare(
         "settings": settings,
         "lookup": layout.lookup(),
         "classes": len(layout.classes),
+        "version": 1 + (base.dataset.version if base else 0),
         "plan": begun,
     }
     _make(items, arguments, say)
@@ -456,6 +458,7 @@ def write_parts(
     settings: Settings,
     lookup: np.ndarray,
     classes: int,
+    version: int,
     plan: tuple[str, str],
 ) -> list[dict[str, int]]:
     """INPUT: shards to make.  OUTPUT: tiles written; the shard and its piece of the index are in the target then."""
@@ -472,9 +475,7 @@ def write_parts(
                 bad.append(BadTile(work.source.name, str(error), error.sha256(images) if images else ""))
         _still(storage, *plan)
         piece = (
-            store.write_shard(storage, f"shards/part-{part:05d}.parquet", rows)
-            if rows
-            else store.INDEX.empty_table()
+            store.write_shard(storage, shard_path(version, part), rows) if rows else store.INDEX.empty_table()
         )
         out = io.BytesIO()
         pq.write_table(piece.replace_schema_metadata({"bad": json.dumps([asdict(b) for b in bad])}), out)

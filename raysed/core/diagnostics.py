@@ -29,11 +29,6 @@ def repeats(cycles: Sequence[Sequence[str]]) -> list[float]:
     return [len(set(now) & set(before)) / max(len(now), 1) for before, now in pairwise(cycles)]
 
 
-def pool_of(index: pa.Table) -> pa.Table:
-    """Rows of the index that a run can select from: labelled tiles."""
-    return index.filter(pc.is_valid(index["label_offset"]))
-
-
 def class_shares(pool: pa.Table, names: Sequence[str], ids: Sequence[str] | None = None) -> dict[str, float]:
     """Class -> share of the known pixels.
 

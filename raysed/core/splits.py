@@ -1,6 +1,7 @@
 """Which tiles a run may train on and which it is judged by: rows of the store's index, decided by names alone."""
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -10,14 +11,15 @@ import pyarrow.compute as pc
 Half = Literal["dev", "report"]
 
 
-def halves(regions: Mapping[str, str]) -> dict[str, Half]:
+def halves(regions: Mapping[str, tuple[int, str]]) -> dict[str, Half]:
     """The half that each validation source belongs to, with all its tiles.  Everything is chosen on `dev`.
 
     The sources of a region, in order of the hash of their names, go to the halves by turns, and the turns go on from region to
-    region: few sources would fall unevenly by the hash alone.
+    region: few sources would fall unevenly by the hash alone.  Those of a later version of the store come after all earlier ones,
+    so that none changes its half when tiles are appended.
 
     Args:
-        regions: source image -> its region.
+        regions: source image -> the version of the store that it came with, and its region.
     """
     order = sorted(regions, key=lambda s: (regions[s], hashlib.blake2b(f"validation/{s}".encode()).digest()))
     return {source: "report" if turn % 2 else "dev" for turn, source in enumerate(order)}
@@ -82,9 +84,21 @@ def first_unseen(held_out: Sequence[str | None], regions: set[str]) -> dict[str,
     }
 
 
-def _regions(rows: pa.Table) -> dict[str, str]:
-    pairs = rows.group_by(["source", "region"]).aggregate([])
-    return dict(zip(pairs["source"].to_pylist(), pairs["region"].to_pylist(), strict=True))
+def _regions(rows: pa.Table) -> dict[str, tuple[int, str]]:
+    """Source -> version that it came with, by the name of its shard, and region."""
+    groups = rows.group_by(["source", "region", "shard"]).aggregate([]).to_pylist()
+    return {g["source"]: (born_in(g["shard"]), g["region"]) for g in groups}
+
+
+def shard_path(version: int, part: int) -> str:
+    """Path of a shard of a tile store, by the version that it came with."""
+    return f"shards/part-{part:05d}.parquet" if version == 1 else f"shards/v{version:04d}-{part:05d}.parquet"
+
+
+def born_in(shard: str) -> int:
+    """Version that a shard came with."""
+    found = re.match(r"shards/v(\d+)-", shard)
+    return int(found[1]) if found else 1
 
 
 def _within(rows: pa.Table, regions: str) -> pa.ChunkedArray:

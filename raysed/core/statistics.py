@@ -43,15 +43,15 @@ def aulc_between(cost: Sequence[float], values: Sequence[float], low: float, hig
     return aulc(at.tolist(), np.interp(at, x, y).tolist())
 
 
-def fluctuation(values: Sequence[float], last: float = 0.5) -> float:
-    """Population standard deviation of the change from one cycle to the next, over the last share of the cycles.
+def fluctuation(values: Sequence[float], last: float = 0.5) -> float | None:
+    """Population standard deviation of the change from one cycle to the next, over the last share of the cycles; None without one.
 
     Args:
         values: (T,).
         last: share; 1 is the whole run.
     """
     changes = np.diff(np.asarray(values, float))[-max(1, round(last * len(values))) :]
-    return float(changes.std()) if len(changes) else 0.0
+    return float(changes.std()) if len(changes) else None
 
 
 def mean_of_last(values: Sequence[float | None], n: int = 10) -> float | None:

@@ -31,12 +31,15 @@ FIGURES = {
 }
 NOTE = f"""Every value is the mean of the last {LAST} cycles, then the mean over seeds, with the lowest and highest seed in brackets.  `paper` is the
 paper's figure on OpenEarthMap after 100 cycles, whatever data and cycles this comparison has.  Its headline is some mean IoU that
-it does not define; the mean of its table 2 is another number, given beside `miou`, which is defined alike."""
+it does not define; the mean of its table 2 is another number, given beside `miou`, which is defined alike.  fluctuation is the standard
+deviation of the change from cycle to cycle, over the whole run.  Ratios of seconds are of runs on machines alike."""
 
 
 class Paper(Protocol):
-    """What the paper says of a run."""
+    """What the paper says of a run, and the dotted fields that make it."""
 
+    @property
+    def fields(self) -> Mapping[str, Any]: ...
     @property
     def headline(self) -> float: ...
     @property
@@ -53,12 +56,12 @@ def write_comparison(results: Storage, paper: Mapping[str, Paper]) -> str:
         paper: by name of the experiment, in the order of the tables.
 
     Raises:
-        UsageError: no result file, or files of several data sets.
+        UsageError: no finished run, or runs of several data sets or configurations.
     """
-    runs = read_runs(results, list(paper))
+    runs, others = read_runs(results, paper)
     rows = [row for run in runs for row in rows_of(run, paper[run.name])]
-    rows += ratio_rows(rows, paper)
-    text = tables(rows, runs)
+    rows += ratio_rows(rows, paper, {(r.name, r.seed): r.machines for r in runs})
+    text = tables(rows, runs) + _left_out(others)
     arms = mean_curves(runs)
     names = list(next(iter(arms.values()))[-1].record["val"]["iou"])
     files = {name: figures.metric_curves(arms, [metric]) for name, metric in FIGURES.items()}
@@ -67,26 +70,35 @@ def write_comparison(results: Storage, paper: Mapping[str, Paper]) -> str:
     files["tables.md"] = (
         f"{text}\n## Curves\n\nThin: each cycle.  Thick: mean of the last {figures.WINDOW}.  Mean over seeds.\n\n{pictures}\n"
     )
-    files["summary.json"] = json.dumps({"rows": rows, "runs": [_about(r) for r in runs]}, indent=1) + "\n"
+    files["summary.json"] = (
+        json.dumps({"rows": rows, "runs": [_about(r) for r in (*runs, *others)]}, indent=1) + "\n"
+    )
     for name, content in files.items():
         results.write(name, content.encode())
     return f"{text}\nresults {results.uri}: {' '.join(files)}"
 
 
-def read_runs(results: Storage, names: Sequence[str]) -> list[RunFile]:
-    """All result files with at least a cycle, in the order of the names, then by seed."""
+def read_runs(results: Storage, paper: Mapping[str, Paper]) -> tuple[list[RunFile], list[RunFile]]:
+    """The runs that are finished and those that are not or have diverged, each in the order of the paper, then by seed.
+
+    Raises:
+        UsageError: see `write_comparison`.
+    """
+    names = list(paper)
     found = [
         runfile.read(results, path) for path in results.list() if path.endswith(".jsonl") and "/" not in path
     ]
-    found = [run for run in found if run.cycles and run.name in names]
-    if not found:
+    found = sorted((r for r in found if r.name in names), key=lambda run: (names.index(run.name), run.seed))
+    whole = [run for run in found if run.is_whole]
+    if not whole:
         raise UsageError(
-            f"no result file of a comparison in {results.uri}: give the --run or --results of jobs/compare.py"
+            f"no finished run of a comparison in {results.uri}: give the --run or --results of jobs/compare.py"
         )
     hashes = {run.facts["data"]["hash"][:12] for run in found}
     if len(hashes) > 1:
         raise UsageError(f"{results.uri} mixes data sets {', '.join(sorted(hashes))}: one comparison has one")
-    return sorted(found, key=lambda run: (names.index(run.name), run.seed))
+    runfile.check_alike(found, {name: paper[name].fields.keys() for name in names}, results.uri)
+    return whole, [run for run in found if not run.is_whole]
 
 
 def rows_of(run: RunFile, paper: Paper) -> list[Row]:
@@ -161,15 +173,23 @@ def _seconds(records: list[dict[str, Any]], hours: float | None) -> Iterator[tup
     yield "seconds/warm_cycle", float(np.median(totals[1:] or totals)), 36 * hours if hours else None
 
 
-def ratio_rows(rows: list[Row], paper: Mapping[str, Paper]) -> list[Row]:
-    """Seconds of a warm cycle, one experiment over the other, for each seed that both have."""
+def ratio_rows(
+    rows: list[Row], paper: Mapping[str, Paper], machines: Mapping[tuple[str, int], Sequence[str]]
+) -> list[Row]:
+    """Seconds of a warm cycle, one experiment over the other, for each seed that both have on one kind of machine.
+
+    Args:
+        rows: of all runs.
+        paper: by name of the experiment.
+        machines: (experiment, seed) -> what its cycles were made on.
+    """
     metric = "seconds/warm_cycle"
     found = {(r["experiment"], r["seed"]): r for r in rows if r["metric"] == metric}
     made = []
     for one, other in RATIOS:
         for (name, seed), mine in found.items():
             theirs = found.get((other, seed))
-            if name != one or theirs is None:
+            if name != one or theirs is None or len({*machines[name, seed], *machines[other, seed]}) > 1:
                 continue
             a, b = paper[one].hours, paper[other].hours
             made.append({**mine, "experiment": f"{one}/{other}", "value": mine["value"] / theirs["value"], "paper": a / b if a and b else None})  # fmt: skip
@@ -177,13 +197,13 @@ def ratio_rows(rows: list[Row], paper: Mapping[str, Paper]) -> list[Row]:
 
 
 def mean_curves(runs: Sequence[RunFile]) -> figures.Arms:
-    """Experiment -> cycles with what the figures show, averaged over its seeds, as far as all of them have come."""
+    """Experiment -> cycles with what the figures show, averaged over its seeds."""
     arms: figures.Arms = {}
     for name in dict.fromkeys(run.name for run in runs):
         seeds = [run.cycles for run in runs if run.name == name]
         arms[name] = [
             Manifest(cycle, {}, _mean([s[cycle].record for s in seeds]))
-            for cycle in range(min(map(len, seeds)))
+            for cycle in range(min(map(len, seeds)))  # of the evidence, rounds may end at different cycles
         ]
     return arms
 
@@ -346,13 +366,23 @@ def _constant(look: _Look) -> str:
 
 def _facts(runs: Sequence[RunFile]) -> str:
     data, environments = runs[0].facts["data"], [r.facts["environment"] for r in runs]
-    commits = ", ".join(dict.fromkeys(str(e["commit"]) for e in environments))
-    machines = ", ".join(dict.fromkeys(f"{e['cores']} cores of {e['cpu']}, {r.facts['device']}, {r.facts['precision']}" for e, r in zip(environments, runs, strict=True)))  # fmt: skip
+    commits = ", ".join(dict.fromkeys(c for r in runs for c in r.commits))
+    machines = "; ".join(dict.fromkeys(m for r in runs for m in r.machines))
+    precisions = ", ".join(dict.fromkeys(f"{r.name} in {r.facts['precision']}" for r in runs))
     commands = "\n".join(f"    {c}" for c in dict.fromkeys(str(e["command"]) for e in environments))
     return (
         f"# The paper's comparison on {data['name']}\n\n{data['train']} training and {data['val']} validation tiles of {data['tile_size']} px, "
-        f"hash {data['hash'][:12]}.  Commit {commits}.  {machines}.\n\n{commands}"
+        f"hash {data['hash'][:12]}.  Commit {commits}.  {machines}; {precisions}.\n\n{commands}"
     )
+
+
+def _left_out(runs: Sequence[RunFile]) -> str:
+    """The runs that no table counts, with how far they came."""
+    rows = []
+    for run in runs:
+        came = f"{len(run.cycles)} of {run.facts['config']['cycles']}"
+        rows.append([run.name, str(run.seed), came, "diverged" if run.ended_diverged else "not finished"])
+    return markdown("Runs that no table counts", ["run", "seed", "cycles", ""], rows) if rows else ""
 
 
 def _timed(runs: Sequence[RunFile]) -> str:

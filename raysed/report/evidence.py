@@ -1,7 +1,7 @@
 """What the runs of the evidence show: `summary.json`, tables and figures, all of them from the result files alone."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,7 @@ def write_evidence(
     files: Mapping[str, str],
     split: str,
     *,
+    own: Mapping[str, Collection[str]],
     primary: str | None = None,
     seeds: Sequence[int] | None = None,
 ) -> str:
@@ -67,13 +68,15 @@ def write_evidence(
         kinds: arm -> passive, active or ceiling, in the order of the tables.
         files: arm -> its name in the result files.
         split: dev or report.
+        own: name in the result files -> dotted fields that the arm fixes.
         primary: metric that was registered before; None is exploratory.
         seeds: that count; None is all that there are.
 
     Raises:
-        UsageError: no finished run, runs of several data sets or validation images, or no passive arm.
+        UsageError: no finished run, runs of several data sets, validation images or configurations, or no passive arm.
     """
     asked = read_arms(results, kinds, files, seeds)
+    runfile.check_alike([r for a in asked for r in (*a.runs, *a.diverged)], own, results.uri)
     rows = summary_rows(asked, split, primary)
     text = tables(asked, rows, split)
     arms = [a for a in asked if a.runs]
@@ -190,7 +193,9 @@ def tables(asked: Sequence[Judged], rows: Sequence[Row], split: str) -> str:
     tested = [m for m in metrics if m in TESTED]
     first = arms[0].runs[0]
     classes = list(first.cycles[-1].record["val"]["iou"])
-    data, env = first.facts["data"], first.facts["environment"]
+    data, runs = first.facts["data"], [r for a in arms for r in a.runs]
+    commits = ", ".join(dict.fromkeys(c for r in runs for c in r.commits))
+    commands = "\n".join(f"    {c}" for c in dict.fromkeys(r.facts["environment"]["command"] for r in runs))
     weights = first.facts["config"]["model"]["encoder_weights"]
     best = rows[0]["best_passive"]
     rivals = [a for a in asked if a.name != best]
@@ -198,11 +203,11 @@ def tables(asked: Sequence[Judged], rows: Sequence[Row], split: str) -> str:
     head = (
         f"# Evidence on {data['name']}, {split} half\n\n{data['train']} training and {data['val']} validation tiles of {data['tile_size']} px, "
         f"{len(first.facts['sources']['names'])} validation images, hash {data['hash'][:12]}.  {first.facts['config']['model']['arch']}, "
-        f"{f'pretrained weights {weights}' if weights else 'from scratch'}.  Commit {env['commit']}, {env['cores']} cores of {env['cpu']}, "
-        f"{first.facts['device']}.  The best passive arm is {best}.\n\n    {env['command']}\n\n{NOTE}\n"
+        f"{f'pretrained weights {weights}' if weights else 'from scratch'}.  Commit {commits}.  "
+        f"{'; '.join(machines(arms))}; in {first.facts['precision']}.  The best passive arm is {best}.\n\n{commands}\n\n{NOTE}\n"
     )
-    if len(kinds := machines(arms)) > 1:
-        head += f"\nSeconds are not compared, the runs were made on: {'; '.join(kinds)}.\n"
+    if len(machines(arms)) > 1:
+        head += "\nSeconds are not compared: the runs were made on several kinds of machines.\n"
     result = [[a.label, a.kind, _seeds(a), *(_spread(found[a.name, m]) for m in metrics)] for a in asked]
     apart = [[a.label, *(_difference(found[a.name, m]) for m in tested)] for a in rivals]
     wins = [[a.label, *(verdict(found[a.name, m]) for m in tested)] for a in rivals]

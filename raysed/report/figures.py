@@ -72,6 +72,11 @@ def color_of(arms: Sequence[str] | Mapping[str, Any], arm: str) -> str:
     return ARM_COLORS[list(arms).index(arm) % len(ARM_COLORS)]
 
 
+def style_of(arms: Sequence[str] | Mapping[str, Any], arm: str) -> str:
+    """Line style of an arm: colours come again after a few arms, in another style."""
+    return ("-", "--", ":")[list(arms).index(arm) // len(ARM_COLORS) % 3]
+
+
 def moving_average(values: Sequence[float], window: int = WINDOW) -> np.ndarray:
     """Mean of the last `window` values up to each position (fewer at the start); nan does not count."""
     windows = [
@@ -110,10 +115,10 @@ def band_curves(panels: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]
         panels: name of the cost -> arm -> (S, T) cost and (S, T) mIoU.
     """
     figure = _figure(WIDE * len(panels), 1.3 * PANEL[1], fixed_margins=False)
+    every = list(next(iter(panels.values())))  # a panel may lack arms
     for axes, (title, arms) in zip(_axes(figure, len(panels), len(panels)), panels.items(), strict=True):
-        for number, (arm, (cost, values)) in enumerate(arms.items()):
-            style = ("-", "--", ":")[number // len(ARM_COLORS) % 3]
-            at, color = cost.mean(0), color_of(arms, arm)
+        for arm, (cost, values) in arms.items():
+            at, color, style = cost.mean(0), color_of(every, arm), style_of(every, arm)
             if len(values) > 1:
                 axes.fill_between(at, values.min(0), values.max(0), color=color, alpha=0.18, linewidth=0)
             axes.plot(at, values.mean(0), style, color=color, linewidth=1.6, label=arm)
@@ -175,13 +180,16 @@ def share_curves(arms: dict[str, list[float]], title: str, *, first: int) -> str
 
 
 @_STYLE
-def share_bars(pool: dict[str, float], arms: dict[str, dict[str, float]], title: str) -> str:
+def share_bars(
+    pool: dict[str, float], arms: dict[str, dict[str, float]], title: str, *, legend: bool = True
+) -> str:
     """Shares of the selected tiles beside those of the pool, as horizontal bars.
 
     Args:
         pool: name (class or region) -> share.
         arms: the same for each arm.
         title: of the figure.
+        legend: name pool and arms below.
     """
     figure = _figure(WIDE, 0.5 + (0.16 * len(arms) + 0.22) * len(pool), fixed_margins=False)
     axes = _axes(figure, 1, 1)[0]
@@ -189,11 +197,14 @@ def share_bars(pool: dict[str, float], arms: dict[str, dict[str, float]], title:
     thick = 0.8 / len(groups)
     for k, (group, (color, shares)) in enumerate(groups.items()):
         at = np.arange(len(pool)) + (k - (len(groups) - 1) / 2) * thick
-        axes.barh(at, [shares.get(n, 0.0) for n in pool], thick, color=color, label=group)
+        hatch = "" if group == "pool" else {"-": "", "--": "///", ":": "..."}[style_of(arms, group)]
+        axes.barh(at, [shares.get(n, 0.0) for n in pool], thick, color=color, label=group, hatch=hatch)
     axes.set_yticks(range(len(pool)), [_short(n) for n in pool])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set_title(title)
+    if legend:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return _svg(figure)
 
 
@@ -286,10 +297,10 @@ def _curves(
             at = [m.cycle + 1 for m in manifests]
             found: list[Any] = [reduce(getitem, keys, m.record) for m in manifests]
             values = [math.nan if v is None else v for v in found]
-            color = color_of(arms, arm)
+            color, style = color_of(arms, arm), style_of(arms, arm)
             axes.plot(at, values, color=color, alpha=0.45, linewidth=0.8)
             mark = "." if len(at) == 1 else None
-            axes.plot(at, moving_average(values), color=color, linewidth=1.8, label=arm, marker=mark)
+            axes.plot(at, moving_average(values), style, color=color, linewidth=1.8, label=arm, marker=mark)
         axes.set_title(_short(title))
         _cycles(axes)
     if legend:

@@ -10,6 +10,7 @@ import matplotlib as mpl
 import numpy as np
 from PIL import Image
 
+from raysed.core.splits import validation_rows
 from raysed.core.tiles import VOID, palette, target_of
 from raysed.io.checkpoint import unpack
 from raysed.io.ledger import Ledger, Manifest
@@ -61,8 +62,8 @@ def gallery(arms: dict[str, tuple[Ledger, Manifest]], store: Store) -> list[Pict
     """
     nets = {name: _network(ledger, last, len(store.dataset.classes)) for name, (ledger, last) in arms.items()}
     own, (ledger, last) = list(arms.items())[-1]
-    index = store.split("val")
-    ids = index.filter(index["label_offset"].is_valid())["tile_id"].to_pylist()
+    data = ledger.config()[0].data
+    ids = validation_rows(store.index, data.validation, data.held_out)["tile_id"].to_pylist()
     judged = sorted(
         _judge(nets[own], store, _spread(ids, CANDIDATES)), key=lambda j: (j.right, j.tile.tile_id)
     )
@@ -82,11 +83,14 @@ def _selected(ledger: Ledger, last: Manifest) -> dict[str, str]:
     chosen = ledger.table(last, "selected.parquet").sort_by("rank")
     ids, reasons = chosen["tile_id"].to_pylist(), chosen["reason"].to_pylist()
     where = f"selected in cycle {last.cycle + 1}"
-    if "scores.parquet" not in last.files or len(ids) <= SHOWN:
-        return {t: f"{where}: {r}" for t, r in zip(ids[:SHOWN], reasons, strict=False)}
-    scores = ledger.table(last, "scores.parquet")
-    entropy = dict(zip(scores["tile_id"].to_pylist(), scores["entropy"].to_pylist(), strict=True))
+    entropy: dict[str, float] = {}
+    if "scores.parquet" in last.files:
+        scores = ledger.table(last, "scores.parquet")
+        scores = scores.filter(scores["entropy"].is_valid())  # strategies that read losses have none
+        entropy = dict(zip(scores["tile_id"].to_pylist(), scores["entropy"].to_pylist(), strict=True))
     order = sorted((t for t in ids if t in entropy), key=lambda t: (-entropy[t], t))
+    if len(order) <= SHOWN:
+        return {t: f"{where}: {r}" for t, r in zip(ids[:SHOWN], reasons, strict=False)}
     most, least = order[: SHOWN // 2], order[-(SHOWN // 2) :]
     return {t: f"{where}, among its most uncertain: entropy {entropy[t]:.3f}" for t in most} | {
         t: f"{where}, among its least uncertain: entropy {entropy[t]:.3f}" for t in least

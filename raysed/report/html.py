@@ -7,6 +7,7 @@ from typing import Any
 
 from raysed.config import flatten
 from raysed.core import diagnostics
+from raysed.core.splits import training_rows
 from raysed.errors import RaysedError
 from raysed.io.ledger import Ledger, Manifest
 from raysed.io.storage import Storage
@@ -234,7 +235,8 @@ def _selection(committed: Committed, store: Store | None) -> str:
     )
     if store is None:
         return _legend(colors) + _panels([repeated])
-    pool = diagnostics.pool_of(store.split("train"))
+    experiment, _ = next(iter(committed.values()))[0].config()
+    pool = training_rows(store.index, experiment.data.held_out, unlabelled=experiment.asks_people)
     names = [c.name for c in store.dataset.classes]
     covered = {a: diagnostics.coverage(c, len(pool)) for a, c in cycles.items()}
     chosen = {a: [t for ids in c for t in ids] for a, c in cycles.items()}
@@ -243,8 +245,10 @@ def _selection(committed: Committed, store: Store | None) -> str:
     by_region = {a: diagnostics.region_shares(pool, ids) for a, ids in chosen.items()}
     never = "; ".join(f"{a} never selected {1 - c[-1]:.1%} of {len(pool)} tiles" for a, c in covered.items())
     bars = [
-        figures.share_bars(diagnostics.class_shares(pool, names), by_class, "share of pixels by class"),
-        figures.share_bars(regions, by_region, f"share of tiles by region (at most {REGIONS})"),
+        figures.share_bars(
+            diagnostics.class_shares(pool, names), by_class, "share of pixels by class", legend=False
+        ),
+        figures.share_bars(regions, by_region, f"share of tiles by region (at most {REGIONS})", legend=False),
     ]
     return f"<p>{escape(never)}.</p>{_legend({**colors, 'pool': figures.POOL_COLOR})}" + _panels(
         [curve(covered, "share of the pool selected so far", first=1), repeated, *bars], "half"

@@ -152,13 +152,7 @@ def summary_rows(arms: Sequence[Judged], split: str, primary: str | None = None)
 
 def machines(arms: Sequence[Judged]) -> list[str]:
     """What the runs were made on, each kind once; seconds are compared only if it is one."""
-    found = []
-    for run in (r for a in arms for r in a.runs):
-        facts, env = run.facts, run.facts["environment"]
-        gpu = f", {env['gpu']}" if env.get("gpu") else ""
-        use = f"{facts['workers']} workers on {facts['device']} in {facts['precision']}, {facts['threads']} threads"
-        found.append(f"{env['cores']} cores of {env['cpu']}{gpu}: {use}")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(m for a in arms for r in a.runs for m in r.machines))
 
 
 def _values(run: RunFile) -> dict[str, Any]:

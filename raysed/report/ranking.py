@@ -34,6 +34,8 @@ def rankings(ledger: Ledger, manifests: list[Manifest], store: Store) -> list[di
             continue
         scores = ledger.table(cycle, "scores.parquet")
         scores = scores.filter(scores["entropy"].is_valid())
+        if not len(scores):
+            continue
         net.load_state_dict(unpack(ledger.read(before, "model.safetensors"), "model.safetensors"))
         fresh = entropies(net, store, scores["tile_id"].to_pylist())
         used = scores["entropy"].to_numpy().astype(float)

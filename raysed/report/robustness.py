@@ -11,6 +11,7 @@ from raysed.core import metrics, networks
 from raysed.core.augment import disturb, to_uint8
 from raysed.core.counts import confusion
 from raysed.core.randomness import keyed_rng
+from raysed.core.splits import validation_rows
 from raysed.core.step import to_device
 from raysed.io.checkpoint import unpack
 from raysed.io.ledger import Ledger, Manifest
@@ -42,8 +43,8 @@ def robustness(ledger: Ledger, last: Manifest, store: Store) -> dict[str, Any]:
     net = networks.build(experiment.model.arch, len(names), experiment.seed)
     net.load_state_dict(unpack(ledger.read(last, "model.safetensors"), "model.safetensors"))
     net.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    index = store.split("val")
-    ids = sorted(index.filter(index["label_offset"].is_valid())["tile_id"].to_pylist())
+    data = experiment.data
+    ids = sorted(validation_rows(store.index, data.validation, data.held_out)["tile_id"].to_pylist())
     shown = [ids[i] for i in np.linspace(0, len(ids) - 1, min(TILES, len(ids))).astype(int)]
     counts = {name: np.zeros((len(names), len(names)), np.int64) for name in CONDITIONS}
     for start in range(0, len(shown), BATCH):

@@ -5,12 +5,13 @@ cycle with the manifest's own numbers and the sha256 of the manifest that they c
 """
 
 import json
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from raysed.config import Experiment
+from raysed.config import Experiment, flatten
 from raysed.core import diagnostics
 from raysed.core.splits import training_rows, validation_rows
 from raysed.core.statistics import LAST
@@ -32,8 +33,8 @@ class RunFile:
     """Of the experiment, such as b0-active."""
     seed: int
     facts: dict[str, Any]
-    """config, config_hash, data {name, hash, train, val, tile_size}, environment, device, precision, workers, threads; diverged, if
-    it has (see `Ledger.diverged`); after the last cycle also, of a comparison, network {parameters, forward_ms, ...} and robustness {condition: scores}, of the evidence,
+    """config, data {name, hash, train, val, tile_size}, environment, device, precision, workers, threads, all of the last cycle;
+    machines (see `machine_of`) and commits, each once, of all cycles; diverged, if it has (see `Ledger.diverged`); after the last cycle also, of a comparison, network {parameters, forward_ms, ...} and robustness {condition: scores}, of the evidence,
     replay (what does not verify), picks (see `picks_of`) and sources {names, counts}: (T, M, C, C) of the last T cycles."""
     cycles: list[Manifest] = field(default_factory=list)
     """With no files but the digest of the manifest itself."""
@@ -46,6 +47,21 @@ class RunFile:
     def ended_diverged(self) -> bool:
         """Whether the run ended in a cycle whose training diverged; it may have gone back and come through, too."""
         return "diverged" in self.facts and self.facts["diverged"]["cycle"] >= len(self.cycles)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has all cycles of its configuration."""
+        return len(self.cycles) >= self.facts["config"]["cycles"]
+
+    @property
+    def machines(self) -> list[str]:
+        """What its cycles were made on, each kind once."""
+        return self.facts.get("machines") or [machine_of(self.facts)]
+
+    @property
+    def commits(self) -> list[str]:
+        """Of raysed, that its cycles were made with."""
+        return self.facts.get("commits") or [str(self.facts["environment"]["commit"])]
 
     def is_finished(self, experiment: Experiment, last: str = "robustness") -> bool:
         """Whether this is all of that experiment.
@@ -84,6 +100,38 @@ def file_of(name: str, seed: int) -> str:
     return f"{name}-seed{seed}.jsonl"
 
 
+def machine_of(record: Mapping[str, Any]) -> str:
+    """What a cycle was made on, by a manifest's record or the facts of a run; not the precision, which is the network's."""
+    env = record["environment"]
+    gpu = f", {env['gpu']}" if env.get("gpu") else ""
+    use = f"{record['workers']} workers on {record['device']}, {record['threads']} threads"
+    return f"{env['cores']} cores of {env['cpu']}{gpu}: {use}"
+
+
+def check_alike(runs: Sequence[RunFile], own: Mapping[str, Collection[str]], where: str) -> None:
+    """Prove that runs differ in nothing but seed and what each arm fixes itself.
+
+    Args:
+        runs: of one series.
+        own: name of a run -> dotted fields that it fixes.
+        where: URI of the folder.
+
+    Raises:
+        UsageError: a field that differs, with both runs.
+    """
+    first: dict[str, tuple[Any, RunFile]] = {}
+    for run in runs:
+        for name, value in flatten(Experiment.from_dict(run.facts["config"], run.path).to_dict()):
+            if name in ("seed", *own[run.name]) or name.startswith(MAY_CHANGE):
+                continue
+            there, other = first.setdefault(name, (value, run))
+            if value != there:
+                raise UsageError(
+                    f"{where}: {run.path} ran with {name} {value!r}, {other.path} with {there!r}: runs of one series have one "
+                    "configuration, remove one of the files or choose another --run and --results"
+                )
+
+
 def read(storage: Storage, path: str) -> RunFile:
     """A result file.
 
@@ -113,7 +161,7 @@ def collect(
         run: the directory.
         name: of the experiment.
         seed: of the run.
-        store: its tile store.
+        store: its tile store, of any version.
         evidence: of a finished run take what evidence needs: its selections replayed and described, the counts of each source.
             Otherwise its network is measured, which takes minutes.
         measured: False leaves that out for now, because other runs would be in the way of it.
@@ -123,6 +171,7 @@ def collect(
     """
     ledger = Ledger(run)
     experiment, dataset_hash = ledger.config()
+    store = Store.open(store.storage.uri, dataset_hash)
     manifests = ledger.manifests()
     config = experiment.to_dict()
     config["run"] = config["data"]["uri"] = None
@@ -139,6 +188,8 @@ def collect(
     if manifests:
         record = manifests[-1].record
         facts |= {k: record[k] for k in ("environment", "device", "precision", "workers", "threads")}
+        facts["machines"] = list(dict.fromkeys(machine_of(m.record) for m in manifests))
+        facts["commits"] = list(dict.fromkeys(m.record["environment"]["commit"] for m in manifests))
     if diverged := ledger.diverged():
         facts["diverged"] = diverged
     if len(manifests) >= experiment.cycles and evidence:

@@ -32,7 +32,7 @@ DEFINITIONS = {
     "iou_worst": "IoU of the worst class",
     "soft_iou": "legacy soft IoU without argmax, averaged over batches, absent classes counting 0, as in OpenEarthMap's own code",
     "loss": "focal loss on the validation tiles, mean over the known pixels",
-    "fluctuation": "standard deviation of the change of miou from one cycle to the next",
+    "fluctuation": "standard deviation of the change of miou from one cycle to the next, over the whole run",
     "found in cycle": "first cycle whose IoU of the class is above 0.01",
     "seconds": "wall clock by phase; stall is the wait for tiles, other is what no phase accounts for",
     "active/passive": "seconds of the active arm over those of the passive one: median of the cycles without the first, and sum of all",
@@ -76,7 +76,9 @@ def summarise(run: Storage) -> dict[str, Any]:
     experiment, dataset_hash = own.config()
     summary["config"] = {**experiment.to_dict(), "run": run.uri}
     summary["dataset_hash"] = dataset_hash
-    if manifests:
+    if manifests := manifests or next(
+        iter(committed.values()), []
+    ):  # interrupted in its passive arm, which comes first
         record = manifests[-1].record
         environment = record["environment"]
         summary |= {k: environment[k] for k in ENVIRONMENT}

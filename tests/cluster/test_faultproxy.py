@@ -134,7 +134,7 @@ def test_a_store_that_stays_busy_is_not_asked_for_ever(storage, proxy, monkeypat
         lambda: storage.create("b", b"x"),
     ):
         began = time.monotonic()
-        with pytest.raises(StorageError, match="503|reduce your request rate"):
+        with pytest.raises(StorageError, match=r"503|reduce your request rate"):
             action()
         assert 3 < time.monotonic() - began < 30
 

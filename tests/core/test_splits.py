@@ -1,7 +1,8 @@
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
-from raysed.core.splits import first_unseen, halves, training_rows, validation_rows
+from raysed.core.splits import first_unseen, halves, shard_path, training_rows, validation_rows
 
 
 @pytest.fixture
@@ -13,6 +14,7 @@ def index() -> pa.Table:
             "source": f"s{n}",
             "region": f"r{n % 5}",
             "split": "val" if n % 4 == 3 else "train",
+            "shard": "shards/part-00000.parquet",
             "label_offset": None if n == 39 else 0,
         }
         for n in range(40)
@@ -32,12 +34,24 @@ def test_halves_are_disjoint_complete_and_keep_a_source_together(index):
 
 def test_the_halves_of_a_store_never_change():
     """Results rest on them."""
-    regions = {f"dubai_t{t}_p{p}": f"dubai_t{t}" for t in (1, 2, 3) for p in (3, 7)}
+    regions = {f"dubai_t{t}_p{p}": (1, f"dubai_t{t}") for t in (1, 2, 3) for p in (3, 7)}
     assert [s for s, half in halves(regions).items() if half == "dev"] == [
         "dubai_t1_p3",
         "dubai_t2_p3",
         "dubai_t3_p3",
     ]
+
+
+def test_a_source_keeps_its_half_when_tiles_are_appended(index):
+    before = validation_rows(index, "dev", None)["source"].to_pylist()
+    more = [
+        {**row, "tile_id": f"a{row['tile_id']}", "source": f"a{row['source']}", "shard": shard_path(2, 1)}
+        for row in index.filter(pc.equal(index["split"], "val")).to_pylist()[:6]
+    ]
+    grown = pa.concat_tables([index, pa.Table.from_pylist(more, schema=index.schema)])
+    after = validation_rows(grown, "dev", None)["source"].to_pylist()
+    assert [s for s in after if s in index["source"].to_pylist()] == before
+    assert len(after) > len(before)
 
 
 def test_a_region_held_out_is_validated_on_and_not_trained_on(index):

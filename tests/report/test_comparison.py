@@ -141,8 +141,32 @@ def test_a_result_file_says_whether_its_run_is_finished(reported, tiny_store):
         file.is_finished(replace(own, cycles=9))
 
 
+def test_unfinished_and_diverged_runs_are_named_and_not_averaged(reported, report_job, tmp_path):
+    kept = Path(shutil.copytree(reported, tmp_path / "kept"))
+    lines = (kept / "b0-seed1.jsonl").read_text().splitlines()
+    (kept / "b0-seed1.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    facts = json.loads((kept / "unet-seed0.jsonl").read_text().splitlines()[0])
+    (kept / "unet-seed0.jsonl").write_text(json.dumps(facts | {"diverged": {"cycle": 0}}) + "\n")
+    assert report_job(["--compare", str(kept)]) == 0
+    text = (kept / "tables.md").read_text()
+    assert "| b0 | 0 | 3 | 0.4460 |" in text
+    assert "| b0 | 1 | 2 of 3 | not finished |" in text
+    assert "| unet | 0 | 0 of 3 | diverged |" in text
+    assert not [r for r in rows(kept) if (r["experiment"], r["seed"]) in (("b0", 1), ("unet", 0))]
+
+
+def test_runs_of_another_configuration_are_refused(reported, report_job, tmp_path):
+    kept = Path(shutil.copytree(reported, tmp_path / "kept"))
+    head, *lines = (kept / "b0-active-seed0.jsonl").read_text().splitlines()
+    facts = json.loads(head)
+    facts["config"]["optim"]["lr"] = 1e-3
+    (kept / "b0-active-seed0.jsonl").write_text("\n".join([json.dumps(facts), *lines]) + "\n")
+    with pytest.raises(UsageError, match=r"ran with optim\.lr"):
+        report_job(["--compare", str(kept)])
+
+
 def test_mixed_or_damaged_folders_are_refused(reported, report_job, tmp_path):
-    with pytest.raises(UsageError, match="no result file"):
+    with pytest.raises(UsageError, match="no finished run"):
         report_job(["--compare", str(tmp_path)])
     write_store(str(tmp_path / "other"), first=100)
     (tmp_path / "mixed").mkdir()

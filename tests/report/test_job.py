@@ -145,6 +145,13 @@ def test_rebuild_writes_what_is_derived_and_results_without_local_paths(
     assert sum(map(len, files.values())) < 1_000_000
 
 
+def test_a_run_interrupted_in_its_passive_arm_has_results(report_job, run_copy, tmp_path):
+    for folder in run_copy.glob("cycle_*"):
+        shutil.rmtree(folder)
+    assert report_job([str(run_copy), "--results", str(tmp_path / "out")]) == 0
+    assert "abc123" in (tmp_path / "out" / "table.md").read_text()
+
+
 def test_no_results_of_a_run_without_cycles(report_job, tiny_run, tmp_path):
     experiment, dataset_hash = Ledger(Storage(tiny_run)).config()
     Ledger(Storage(str(tmp_path / "r")), epoch=0).open(experiment, dataset_hash)

@@ -42,6 +42,24 @@ def test_an_arm_keeps_its_colour_in_every_figure():
     assert not expected & {c.lower() for c in figures.PHASES.values()}
 
 
+def test_an_arm_that_a_panel_lacks_takes_no_colour_of_the_others():
+    cost, values = np.array([[1.0, 2.0]]), np.array([[0.1, 0.2]])
+    arms = dict.fromkeys(("ceiling", "uniform", "defensive"), (cost, values))
+    svg = figures.band_curves({"tiles": arms, "labels bought": {"defensive": arms["defensive"]}})
+    drawn = {
+        c: svg.lower().count(f"stroke: {figures.color_of(arms, a).lower()}")
+        for c, a in zip("cud", arms, strict=True)
+    }
+    assert drawn["d"] == drawn["c"] + 1 == drawn["u"] + 1
+
+
+def test_colours_that_come_again_have_another_style():
+    arms = [f"arm{k}" for k in range(7)]
+    assert len({(figures.color_of(arms, a), figures.style_of(arms, a)) for a in arms}) == 7
+    bars = figures.share_bars({"x": 0.5}, {a: {"x": 0.1} for a in arms}, "t")
+    assert all(a in bars for a in arms)
+
+
 def test_a_class_without_truth_leaves_a_gap():
     arms = {"uniform": manifests([None, None, None])}
     assert ElementTree.fromstring(figures.class_curves(arms, ["x"])).tag.endswith("svg")

@@ -5,19 +5,24 @@ import io
 import re
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
-from tiny_run import ARCH, CLASSES, SIDE
+from tiny_run import ARCH, CLASSES, CYCLES, SIDE, record, write_arm
 
+from raysed.config import DataConfig, Experiment, ModelConfig, SelectConfig
 from raysed.core.networks import build
+from raysed.core.splits import training_rows, validation_rows
 from raysed.core.step import to_device
 from raysed.core.tiles import VOID, palette, target_of
-from raysed.io.ledger import Ledger
+from raysed.io.ledger import Ledger, table_bytes
 from raysed.io.storage import Storage
 from raysed.io.store import Store, read_tiles
 from raysed.report import html
 from raysed.report.gallery import gallery
+from raysed.report.ranking import rankings
+from raysed.report.robustness import robustness
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +124,42 @@ def test_damage_is_named_in_its_place_and_the_rest_is_shown(run_copy):
     assert "data:image" not in text
     assert "iou_frequency_weighted" in text
     assert text.count("<svg") >= 10
+
+
+def test_a_strategy_without_entropies_has_its_page_and_no_ranking(tiny_store, tmp_path):
+    own = Experiment(
+        run=str(tmp_path),
+        cycles=CYCLES + 1,
+        data=DataConfig(uri=tiny_store),
+        model=ModelConfig(arch=ARCH),
+        select=SelectConfig(strategy="uniform", tiles=6),
+    )
+    ledger = write_arm(Storage(str(tmp_path)), own, Store.open(tiny_store))
+    last = ledger.manifests()[-1]
+    losses = pa.table(
+        {"tile_id": Store.open(tiny_store).split("train")["tile_id"], "entropy": pa.nulls(20, pa.float32())}
+    )
+    files = {name: ledger.read(last, name) for name in last.files} | {"scores.parquet": table_bytes(losses)}
+    ledger.commit(CYCLES, files, lambda: record("uniform", CYCLES, 6))
+    text = html.page(Storage(str(tmp_path)))
+    assert "Not shown" not in text
+    assert f"selected in cycle {CYCLES + 1}: " in text
+    assert rankings(ledger, ledger.manifests(), Store.open(tiny_store)) == []
+
+
+def test_the_pool_and_the_gallery_are_those_of_the_run(tiny_store, tmp_path):
+    own = Experiment(
+        run=str(tmp_path),
+        cycles=CYCLES,
+        data=DataConfig(uri=tiny_store, held_out="north"),
+        model=ModelConfig(arch=ARCH),
+        select=SelectConfig(strategy="uniform", tiles=6),
+    )
+    ledger = write_arm(Storage(str(tmp_path)), own, Store.open(tiny_store))
+    store = Store.open(tiny_store)
+    pool = training_rows(store.index, "north")
+    assert f"% of {len(pool)} tiles" in html.page(Storage(str(tmp_path)))
+    shown = gallery({"uniform": (ledger, ledger.manifests()[-1])}, store)
+    assert all(p.tile_id.startswith("north") for p in shown[:4])
+    judged = len(validation_rows(store.index, "all", "north"))
+    assert robustness(ledger, ledger.manifests()[-1], store)["clean"]["tiles"] == judged
