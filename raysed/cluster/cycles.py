@@ -33,7 +33,7 @@ from raysed.cluster.arms import Arm, Setup
 from raysed.cluster.connect import quiet_data
 from raysed.cluster.opencycle import SELECTED, WORK, Clock, OpenCycle, Part
 from raysed.cluster.scorekeeping import Scored, Scorekeeper, Weights
-from raysed.cluster.stream import Row, Stream
+from raysed.cluster.stream import STARVED_SECONDS, Row, Stream
 from raysed.core import metrics, networks
 from raysed.core.acquisition import strategy_of
 from raysed.core.counts import iou_of_sums
@@ -47,6 +47,7 @@ from raysed.core.step import (
     Learner,
     MicroBatch,
     Totals,
+    common_precision,
     learning_rate,
     resolve_precision,
     to_device,
@@ -91,9 +92,7 @@ def run(setup: Setup) -> None:
     """The training function of every rank: all arms, one after the other."""
     context = ray.train.get_context()
     first = context.get_world_rank() == 0
-    start: int = broadcast_from_rank_zero(
-        ray.get(setup.monitor.begin.remote(context.get_world_size())) if first else None
-    )
+    start: int = broadcast_from_rank_zero(_begun(setup.monitor) if first else None)
     if not start:
         return  # Ray restarts a group whose ranks raised; the error that was posted would only come again
     quiet_data()
@@ -115,6 +114,15 @@ def run(setup: Setup) -> None:
         raise
     if first:
         ray.get(setup.monitor.post.remote({"kind": "done"}))
+
+
+def _begun(monitor: ActorHandle) -> int:
+    """Number of this group of workers; 0 if it is not to begin, or the run has ended and nobody has told Ray Train."""
+    try:
+        asked: Any = monitor.begin.remote(ray.train.get_context().get_world_size())
+        return ray.get(asked)
+    except ray.exceptions.RayActorError:
+        return 0
 
 
 class Beat:
@@ -176,6 +184,7 @@ class Worker:
                 self.exp.select,
                 multiple=int(self.learner.net.multiple),  # type: ignore[arg-type]
                 taken=self.nodes,
+                precision=self.learner.precision,
                 reference=self._references if self._needs("irreducible") else None,
             )
             self.collects = self.keeper.collects
@@ -193,6 +202,8 @@ class Worker:
         self._pending: Future[None] | None = None
         self._open: OpenCycle | None = None
         self._noticed = False
+        self.starved = False
+        """Whether this rank reads its tiles itself."""
         self.rollbacks = 0
         """Times that this run has gone back to a commit because it diverged; each halves the learning rate."""
 
@@ -230,7 +241,7 @@ class Worker:
             self._settle()
             before = self.rollbacks
             self.learner = self._learner()
-            self._open = None
+            self._open, self.state = None, {}
             if self.rank == 0:
                 self.ledger.prune_steps(cycle)  # what diverges at the end may have begun to before
             if self.keeper:
@@ -263,7 +274,9 @@ class Worker:
             alpha=class_weights(pixels_of(self.pool, len(dataset.classes)), exp.loss.alpha_power),
             gamma=exp.loss.gamma,
             batch=exp.optim.batch,
-            precision=resolve_precision(exp.optim.precision, self.device, net),
+            precision=common_precision(
+                self._everyone(resolve_precision(exp.optim.precision, self.device, net))
+            ),
             ordered_sums=exp.optim.ordered_sums,
             weight_decay=exp.optim.weight_decay,
             clip=exp.optim.clip,
@@ -300,6 +313,9 @@ class Worker:
             begun = self._first(lambda: self.ledger.begun(start, config_hash(self.exp), self._say))
         if begun or last:
             self._load(begun or last)  # type: ignore[arg-type]
+        told = self._first(self.ledger.diverged)
+        if told and told["cycle"] >= start and told["config_hash"] == config_hash(self.exp):
+            self.rollbacks = min(told["rollbacks"] + 1, self.exp.optim.rollbacks)
         if last and self.rank == 0:
             self.ledger.prune_steps(last.cycle)
             if start < self.exp.cycles:
@@ -420,6 +436,8 @@ class Worker:
         """Score and select."""
         clock = Clock()
         self._at("score", cycle)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # a scorer may share the GPU
         scores = self._score(cycle, clock) if self.keeper and self.exp.scores_before(cycle) else None
         with clock.phase("select"):
             selection, excluded = self._first(lambda: self._select(cycle, scores))
@@ -428,7 +446,8 @@ class Worker:
         if self.exp.buys_labels and self.exp.pool.retrain and cycle and self.exp.pool.begins(cycle):
             self.learner = self._learner()
         if self.keeper and self.rank == 0:
-            self.keeper.begin_ahead(self._selectable(), self._weights)
+            if cycle + 1 < self.exp.cycles:
+                self.keeper.begin_ahead(self._selectable(), self._weights)
             self._rest(cycle)
         files, about = {}, None
         if self.rank == 0:
@@ -682,7 +701,13 @@ class Worker:
         """Write the tiles of the steps first to end - 1, in which training diverged, to `diverged.json`."""
         if self.rank == 0:
             tiles = order.order[first * order.batch : end * order.batch]
-            dump = {"cycle": cycle, "steps": [first, end], "tile_ids": tiles}
+            dump = {
+                "cycle": cycle,
+                "steps": [first, end],
+                "rollbacks": self.rollbacks,
+                "config_hash": config_hash(self.exp),
+                "tile_ids": tiles,
+            }
             self.ledger.storage.write("diverged.json", (json.dumps(dump, indent=1) + "\n").encode())
 
     def _micro_batches(self, order: Plan, step: int) -> int:
@@ -717,6 +742,7 @@ class Worker:
     def _count(self, opened: OpenCycle, part: "Part", done: int) -> None:
         """Add to the cycle what all ranks have done since the last time."""
         stall, nodes, bad = part.stream.told()
+        self._tell_starved(part.stream)
         opened.clock.add("train", time.perf_counter() - part.began - stall)
         opened.clock.add("stall", stall)
         visits = [
@@ -789,9 +815,10 @@ class Worker:
                 len(self.validation) * self.store.dataset.tile_size**2 * 4
                 <= self.exp.cluster.cache_gib * self.workers * 2**30
             ):
-                self.validation_rows = list(read)
+                self.validation_rows = [[row.kept() for row in rows] for rows in read]
             totals = self._totals(self.validation_rows or read)
             stream.close()
+            self._tell_starved(stream)
             for read, bad in self._everyone((stream.nodes, stream.bad)):
                 nodes += read
                 self._quarantine(bad)
@@ -844,6 +871,14 @@ class Worker:
         wanted = [(p, self.validation[p]) for b in own for p in b]
         return self._stream("val", wanted, keys=None), own
 
+    def _tell_starved(self, stream: Stream) -> None:
+        if stream.starved and not self.starved:
+            self.starved = True
+            self._say(
+                f"no read task has found a CPU for {STARVED_SECONDS:.0f} s: worker {self.rank} reads its tiles itself from now on, which "
+                "is slower; lower --workers or --scorers"
+            )
+
     def _stream(self, name: str, wanted: list[tuple[int, str]], keys: tuple[int, int] | None) -> Stream:
         cluster = self.exp.cluster
         return Stream(
@@ -854,6 +889,7 @@ class Worker:
             reader_cpus=cluster.reader_cpus,
             keys=keys,
             limits=self.exp.augment,
+            alone=self.starved,
         )
 
     def _everyone(self, own: Any) -> list[Any]:
@@ -948,7 +984,8 @@ class Worker:
 
 def pixels_of(rows: pa.Table, classes: int) -> np.ndarray:
     """(C,) pixels of each class in labelled tiles."""
-    return np.array(rows["pixels"].drop_null().to_pylist(), np.int64).reshape(-1, classes + 1).sum(0)[1:]
+    known = rows["pixels"].drop_null()
+    return matrix(known).sum(0, dtype=np.int64)[1:] if len(known) else np.zeros(classes, np.int64)
 
 
 def node_id() -> str:

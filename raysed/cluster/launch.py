@@ -43,6 +43,8 @@ RESIZE_SECONDS = 15.0
 """Seconds between two looks for nodes that could take more workers."""
 COLLECTIVE_SECONDS = 300
 """After which a rank that waits for another one gives up, and the workers are started again: the other one may hang."""
+STARTING_SECONDS = 60.0
+"""How long processes of workers may take to begin once they have a place, at least."""
 ENDING_SECONDS = 60.0
 """How long the workers of a run that has failed may take to give the cluster back."""
 
@@ -229,7 +231,8 @@ class Watch:
 
         Raises:
             RaysedError: the error that a rank has reported.
-            ResourcesError: for `patience` seconds there was no worker, or the cluster was lost.
+            ResourcesError: for `patience` seconds, or as long as Ray Train may take to replace one, there was no worker; or the
+                cluster was lost.
         """
         ended: list[BaseException | None] = []
 
@@ -240,6 +243,7 @@ class Watch:
             except BaseException as error:  # handed to the main thread below
                 ended.append(error)
 
+        _answer(self.monitor.expect.remote())
         threading.Thread(target=fit, daemon=True, name="raysed-fit").start()
         seen = 0
         while True:
@@ -252,12 +256,13 @@ class Watch:
                 break
             if self.failed and time.monotonic() - self.failed_at > ENDING_SECONDS:
                 break
-            if not over and not events and _answer(self.monitor.silent.remote()) > patience:
+            silent, begun = _answer(self.monitor.silent.remote()) if not over and not events else (0.0, False)
+            if silent > (limit := max(patience, replacing_seconds() if begun else STARTING_SECONDS)):
                 free = ", ".join(
                     f"{v:g} {k}" for k, v in ray.available_resources().items() if k in ("CPU", "GPU")
                 )
                 raise ResourcesError(
-                    f"there has been no training worker for {patience:.0f} s, the cluster has {free or 'no CPU'} free: add nodes, "
+                    f"there has been no training worker for {limit:.0f} s, the cluster has {free or 'no CPU'} free: add nodes, "
                     "wait until other jobs have ended, or raise --cluster.wait-nodes; the same command continues"
                 )
         if self.failed:
@@ -277,6 +282,12 @@ class Watch:
         elif event["kind"] == "failed" and not self.failed:
             self.failed = rebuilt(event["error"], event["text"])
             self.failed_at = time.monotonic()
+
+
+def replacing_seconds() -> float:
+    """How long rank 0 may be silent before a group without it trains: Ray Train waits for its answer, then for the new group."""
+    waits = ("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S")
+    return sum(float(os.environ[name]) for name in waits) + STARTING_SECONDS
 
 
 def _answer(asked: Any) -> Any:

@@ -63,12 +63,12 @@ def candidates(cluster: ClusterConfig) -> list[str]:
 
 
 def scorer_count(cluster: ClusterConfig, device: str) -> int:
-    """Scoring actors, if there is anything to score: one a GPU, or one a CPU up to two a worker; at least one a worker that
-    is still to find its node.
+    """Scoring actors, if there is anything to score: one a GPU that is free, or one a CPU up to two a worker; at least one a worker
+    that is still to find its node.
     """
     have = ray.cluster_resources()
     if device == "cuda":
-        units = max(have.get("GPU", 0), cluster.fewest)
+        units = max(ray.available_resources().get("GPU", 0), cluster.fewest)
     else:
         units = min(have.get("CPU", 0) or cluster.fewest, 2 * cluster.workers)
     return cluster.scorers or max(1, int(units))

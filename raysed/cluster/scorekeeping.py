@@ -69,11 +69,12 @@ class Scorekeeper:
         *,
         multiple: int,
         taken: Mapping[str, int],
+        precision: str,
         reference: References | None = None,
     ) -> None:
         strategy = STRATEGIES[select.strategy]
         self.scorers, self.patience, self.store = scorers, patience, store
-        self._grace = FIRST_GRACE
+        self._grace, self.precision = FIRST_GRACE, precision
         self.mode = select.scores if strategy.needs_scores else "visits"
         self.refresh = select.refresh
         self.features = "features" in strategy.needs
@@ -243,6 +244,7 @@ class Scorekeeper:
             side=side,
             features=features,
             loss=loss,
+            precision=self.precision,
             renew=self.scorers.renew,
         )
 

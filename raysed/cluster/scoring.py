@@ -4,6 +4,7 @@ A tile over which they die (its bytes break the decoder, say) is found by asking
 """
 
 import contextlib
+import itertools
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ DEATHS = 2
 """Scorers that may die over a chunk before it is asked tile by tile, and over a single tile before it is bad."""
 PATIENCE = 300.0
 """Seconds without any score after which scoring gives up (exit 7)."""
+HUNG_SECONDS = 60.0
+"""Seconds without any score after which idle scorers are asked what busy ones still owe."""
 PLACED_SECONDS = 60.0
 """Patience with scorers on GPUs that are to find their places before anything else does."""
 
@@ -81,6 +84,7 @@ class Scorer:
         *,
         features: bool = False,
         loss: bool = False,
+        precision: str | None = None,
     ) -> dict[str, Any]:
         """Scores of one chunk.
 
@@ -92,6 +96,7 @@ class Scorer:
             threads: torch threads; sent with every call, since they follow from who else is on its node.
             features: give the network's deepest features too.
             loss: give the mean cross-entropy over the known pixels of each tile's label too; at the stored side only.
+            precision: of the forward pass; None is what this device is fastest in.
 
         Returns:
             ids, (n, 2 + C) float32 scores, (n,) float32 loss (0 unless asked for) and (n, D) float16 features (D 0 unless asked for) of the good tiles, bad tiles, and
@@ -113,21 +118,31 @@ class Scorer:
         except RaysedError as error:
             return {"failed": (type(error).__name__, str(error))}
         ids, rows, deepest, losses = list(images), [], [], [np.zeros(0, np.float32)]
-        dtype = DTYPES[self.precision]
-        with torch.inference_mode(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+        dtype = DTYPES[precision or self.precision]
+        try:
             for i in range(0, len(ids), BATCH):
                 batch = np.stack([resize_image(images[t], side, side) for t in ids[i : i + BATCH]])
                 x, _ = to_device(batch, np.zeros((0,), np.uint8), self.device)
-                logits, found = (
-                    self.net.with_features(x) if features else (self.net(x), x.new_zeros(len(x), 0))
-                )
-                log_p = log_probabilities(logits)
-                rows.append(tile_scores(log_p).cpu().numpy())
-                if loss:
-                    target = torch.from_numpy(target_of(np.stack([labels[t] for t in ids[i : i + BATCH]])))
-                    seen = visit_scores(log_p, target.to(self.device))[:, rows[-1].shape[1]]
-                    losses.append(seen.cpu().numpy())
-                deepest.append(found.half().cpu().numpy())
+                with torch.inference_mode():
+                    with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+                        logits, found = (
+                            self.net.with_features(x) if features else (self.net(x), x.new_zeros(len(x), 0))
+                        )
+                    log_p = log_probabilities(logits)
+                    rows.append(tile_scores(log_p).cpu().numpy())
+                    if loss:
+                        target = torch.from_numpy(
+                            target_of(np.stack([labels[t] for t in ids[i : i + BATCH]]))
+                        )
+                        seen = visit_scores(log_p, target.to(self.device))[:, rows[-1].shape[1]]
+                        losses.append(seen.cpu().numpy())
+                    deepest.append(found.half().cpu().numpy())
+        except torch.OutOfMemoryError as error:
+            text = (
+                f"a scorer ran out of GPU memory over {BATCH} tiles of {side} px: lower optim.micro_batch, which leaves it more, or "
+                f"give scorers GPUs of their own ({' '.join(str(error).split())[:200]})"
+            )
+            return {"failed": ("ResourcesError", text)}
         return {
             "ids": ids,
             "scores": np.concatenate(rows) if rows else np.zeros((0, 2), np.float32),
@@ -319,6 +334,8 @@ class Work:
         self.chunks = [range(i, min(i + CHUNK, tiles)) for i in range(0, tiles, CHUNK)]
         """Positions; also single tiles of those that were fatal."""
         self.whole = len(self.chunks)
+        self.split: set[int] = set()
+        """Chunks whose tiles are asked one by one."""
         self.deadly: list[BadTile] = []
         """Tiles that no scorer outlives."""
         self._deaths: Counter[int] = Counter()
@@ -348,6 +365,7 @@ class Work:
             [at] = self.tiles(k)
             self.deadly.append(BadTile(at["tile_id"], f"{DEATHS} scorers died over it alone", at["sha256"]))
             return []
+        self.split.add(k)
         self.chunks += [range(i, i + 1) for i in chunk]
         return range(len(self.chunks) - len(chunk), len(self.chunks))
 
@@ -362,12 +380,14 @@ def score_pool(
     side: int,
     features: bool = False,
     loss: bool = False,
+    precision: str | None = None,
     renew: Callable[[ActorHandle], ActorHandle],
 ) -> Scores:
     """Score tiles with a pool of scorers; every tile gets one score, whoever dies.
 
     Chunk k goes first to scorer k mod n, which has its tiles decoded already; idle scorers take from the fullest queue.
-    What a dead scorer held goes back to the front.  A chunk that `DEATHS` scorers did not outlive is asked tile by tile, so that
+    What a dead scorer held goes back to the front; what a silent one
+    holds is asked of idle ones too, and the first answer counts.  A chunk that `DEATHS` scorers did not outlive is asked tile by tile, so that
     one bad tile, or too many at once, costs no other its score; alone in its batch a tile's score may differ in the last bit.
 
     Args:
@@ -379,6 +399,7 @@ def score_pool(
         side: at which tiles are scored, pixels.
         features: whether features are wanted.
         loss: whether losses are wanted.
+        precision: of the forward pass, the same on all; None leaves it to each scorer's device.
         renew: makes a scorer in place of the last one, when that has died; the others are missed until the next scoring.
 
     Raises:
@@ -386,51 +407,102 @@ def score_pool(
         RaysedError: what a scorer has raised on purpose.
     """
     work = Work(locations, len(scorers))
-    sent = ray.put(weights)
-    living = dict(enumerate(scorers))
-    flying: dict[Any, tuple[int, int]] = {}
-    results: dict[int, dict[str, Any]] = {}
-    more = ({"features": True} if features else {}) | ({"loss": True} if loss else {})
+    more: dict[str, Any] = ({"features": True} if features else {}) | ({"loss": True} if loss else {})
+    more |= {"precision": precision} if precision else {}
+    sent, living = ray.put(weights), dict(enumerate(scorers))
 
-    def feed(n: int) -> None:
-        if (k := work.next(n)) is not None:
-            flying[living[n].score.remote(sent, version, work.tiles(k), side, threads[n], **more)] = (n, k)
+    def call(n: int, k: int) -> Any:
+        return living[n].score.remote(sent, version, work.tiles(k), side, threads[n], **more)
 
+    asked = _Asked(work, living, call)
     for n in [*living, *living]:  # two in flight each, so that none waits for its next chunk
-        feed(n)
+        asked.feed(n)
     heard, cause = time.monotonic(), ""
-    while flying:
-        done, _ = ray.wait(list(flying), num_returns=1, timeout=10)
-        if time.monotonic() - heard > PATIENCE:
-            scored = sum(k < work.whole for k in results)
+    while asked.is_waiting():
+        done, _ = ray.wait(list(asked.flying), num_returns=1, timeout=10)
+        silent = time.monotonic() - heard
+        if silent > PATIENCE:
+            scored = sum(k < work.whole for k in asked.results)
             raise ResourcesError(
                 f"no scorer has given a score for {PATIENCE:.0f} s, {scored} of {work.whole} chunks are scored{cause}"
             )
         if not done:
+            if silent > HUNG_SECONDS:
+                asked.ask_idle_ones()
             continue
-        n, k = flying[done[0]]
+        n, _ = asked.flying[done[0]]
         try:
             answer = ray.get(done[0])
         except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
             cause = f"; the last one died ({' '.join(str(error).split())[:200]}): is there memory enough?"
-            held = {ref: j for ref, (m, j) in flying.items() if m == n}
-            for ref in held:
-                del flying[ref]
-            work.died(n, list(held.values()))
-            if len(living) > 1:
-                del living[n]
-            else:
-                living[n] = renew(living[n])
-            busy = {m for m, _ in flying.values()}
-            for m in [m for m in living if m not in busy] * 2:
-                feed(m)
+            asked.died(n, renew)
             continue
-        del flying[done[0]]
         if "failed" in answer:
             raise rebuilt(*answer["failed"])
-        results[k] = answer
+        asked.answered(done[0], answer)
         heard = time.monotonic()
-        feed(n)
+    return _gathered(work, asked.results)
+
+
+class _Asked:
+    """What has been asked of whom, and the answers.
+
+    Args:
+        work: the chunks.
+        living: scorers by number.
+        call: asks scorer n for chunk k.
+    """
+
+    def __init__(self, work: Work, living: dict[int, ActorHandle], call: Callable[[int, int], Any]) -> None:
+        self._work, self._living, self._call = work, living, call
+        self.flying: dict[Any, tuple[int, int]] = {}
+        self.results: dict[int, dict[str, Any]] = {}
+        self._again: set[int] = set()
+
+    def _is_open(self, k: int) -> bool:
+        return k not in self.results and k not in self._work.split
+
+    def is_waiting(self) -> bool:
+        """Whether an answer is still wanted."""
+        return any(self._is_open(k) for _, k in self.flying.values())
+
+    def feed(self, n: int) -> None:
+        """Ask scorer n for its next chunk, if there is one."""
+        if (k := self._work.next(n)) is not None:
+            self.flying[self._call(n, k)] = (n, k)
+
+    def answered(self, ref: Any, answer: dict[str, Any]) -> None:
+        """The first answer to a chunk counts."""
+        n, k = self.flying.pop(ref)
+        if self._is_open(k):
+            self.results[k] = answer
+        self.feed(n)
+
+    def ask_idle_ones(self) -> None:
+        """Ask scorers without work for what others owe, once."""
+        idle = sorted(self._living.keys() - {n for n, _ in self.flying.values()})
+        late = [k for _, k in self.flying.values() if self._is_open(k) and k not in self._again]
+        for n, k in zip(itertools.cycle(idle), late, strict=False):
+            self.flying[self._call(n, k)] = (n, k)
+            self._again.add(k)
+
+    def died(self, n: int, renew: Callable[[ActorHandle], ActorHandle]) -> None:
+        """Scorer n is dead: others do what it held."""
+        held = {ref: k for ref, (m, k) in self.flying.items() if m == n}
+        for ref in held:
+            del self.flying[ref]
+        if lost := [k for k in held.values() if self._is_open(k)]:
+            self._work.died(n, lost)
+        if len(self._living) > 1:
+            del self._living[n]
+        else:
+            self._living[n] = renew(self._living[n])
+        busy = {m for m, _ in self.flying.values()}
+        for m in [m for m in self._living if m not in busy] * 2:
+            self.feed(m)
+
+
+def _gathered(work: Work, results: Mapping[int, dict[str, Any]]) -> Scores:
     parts = [results[k] for k in sorted(results, key=lambda k: work.chunks[k].start)]
     nodes: Counter[str] = Counter()
     for part in parts:

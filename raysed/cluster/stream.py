@@ -7,9 +7,9 @@ read by the trainer's own process meanwhile.
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -33,6 +33,10 @@ FIRST = 16
 """Tiles that the trainer's process reads itself at the beginning, at most."""
 
 
+STARVED_SECONDS = 120.0
+"""Seconds without the tiles of a chunk after which the trainer's process reads them itself: no CPU may be left for a read task."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One tile of the stream; a bad tile is black and all void."""
@@ -43,6 +47,10 @@ class Row:
     """(side, side, 3) uint8 RGB."""
     label: np.ndarray
     """(side, side) uint8, 0 void, 1..C classes."""
+
+    def kept(self) -> "Row":
+        """A copy in this process's memory: tiles that came by Ray are views of its object store, and would fill it."""
+        return replace(self, image=self.image.copy(), label=self.label.copy())
 
 
 Drained = tuple[list[Row], Counter[str], list[BadTile]]
@@ -120,6 +128,7 @@ class Stream:
         reader_cpus: CPUs of a read task.
         keys: (seed, cycle) that own the augmentation; None leaves tiles as they are.
         limits: of the augmentation.
+        alone: read everything in this process.
     """
 
     def __init__(
@@ -132,11 +141,14 @@ class Stream:
         reader_cpus: float,
         keys: tuple[int, int] | None,
         limits: AugmentConfig,
+        alone: bool = False,
     ) -> None:
         self.bad: list[BadTile] = []
         self.nodes: Counter[str] = Counter()
         self.stall = 0.0
         """Seconds spent waiting for tiles."""
+        self.alone, self.starved = alone, False
+        """Whether this process reads everything itself, and whether it does so because no read task found a place."""
         self._wanted, self._store, self._name, self._reader_cpus = list(wanted), store, name, reader_cpus
         self._arguments: dict[str, Any] = {
             "uri": store.storage.uri,
@@ -149,10 +161,10 @@ class Stream:
         rest = range(first, len(self._wanted), chunk)
         self._chunks = deque(self._wanted[i : i + chunk] for i in rest)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="raysed-stream")
-        self._coming: deque[Future[Drained]] = deque()
+        self._coming: deque[tuple[Future[Drained], list[tuple[int, str]]]] = deque()
         self._ready: list[Row] = []
         if self._wanted:
-            self._coming.append(self._threads.submit(self._read_here, self._wanted[:first]))
+            self._begin(self._read_here, self._wanted[:first])
         self._advance()
 
     def take(self, positions: Sequence[int]) -> list[Row]:
@@ -160,7 +172,14 @@ class Stream:
         began = time.perf_counter()
         while len(self._ready) < len(positions):
             assert self._coming, "more tiles asked for than were planned"
-            rows, nodes, bad = self._coming.popleft().result()
+            coming, wanted = self._coming.popleft()
+            try:
+                rows, nodes, bad = coming.result(timeout=None if self.alone else STARVED_SECONDS)
+            except TimeoutError:
+                if coming.done():
+                    raise
+                self.alone = self.starved = True
+                rows, nodes, bad = self._read_here(wanted)
             self._ready += rows
             self.nodes += nodes
             self.bad += bad
@@ -179,11 +198,14 @@ class Stream:
 
     def close(self) -> None:
         """End the drain that may still run."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._threads.shutdown(wait=not self.starved, cancel_futures=True)
+
+    def _begin(self, read: Callable[[list[tuple[int, str]]], Drained], wanted: list[tuple[int, str]]) -> None:
+        self._coming.append((self._threads.submit(read, wanted), wanted))
 
     def _advance(self) -> None:
         if self._chunks:
-            self._coming.append(self._threads.submit(self._drain, self._chunks.popleft()))
+            self._begin(self._read_here if self.alone else self._drain, self._chunks.popleft())
 
     def _items(self, wanted: list[tuple[int, str]]) -> list[dict[str, Any]]:
         locations = self._store.locations([t for _, t in wanted])

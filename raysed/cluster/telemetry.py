@@ -73,9 +73,13 @@ class Monitor:
         self._beat = time.monotonic()
         return self.stopping
 
-    def silent(self) -> float:
-        """Seconds since rank 0 was last known to live, or since the start."""
-        return time.monotonic() - self._beat
+    def silent(self) -> tuple[float, bool]:
+        """Seconds since rank 0 was last known to live, or since workers were asked for; and whether any have begun."""
+        return time.monotonic() - self._beat, self.groups > 0
+
+    def expect(self) -> None:
+        """Workers are asked for now."""
+        self._beat = time.monotonic()
 
     def begin(self, workers: int) -> int:
         """A group of workers begins; its number, from 1, or 0 if those before it ended one by one without any commit.
@@ -83,6 +87,7 @@ class Monitor:
         A group that makes room for a larger one has not failed.
         """
         self.groups += 1
+        self._beat = time.monotonic()
         if not 0 < self.workers < workers:
             self.fruitless += 1
         self.workers = workers

@@ -5,7 +5,7 @@ order on every rank, and with `ordered_sums` so are gradients.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
@@ -44,6 +44,11 @@ def resolve_precision(wanted: str, device: torch.device, net: nn.Module) -> Prec
         return "bf16"
     dense = all(m.groups == 1 for m in net.modules() if isinstance(m, nn.Conv2d))
     return "bf16" if dense and torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def common_precision(precisions: Sequence[Precision]) -> Precision:
+    """The one in which a group of ranks computes whose devices differ: gradients of one scale are averaged with each other only."""
+    return next(p for p in ("fp32", "fp16", "bf16") if p in precisions)  # type: ignore[return-value]
 
 
 def to_images(images: np.ndarray, device: torch.device) -> Tensor:
@@ -375,7 +380,7 @@ class Learner:
             self.adam.state[p] = {
                 k: v.clone() if k == "step" else torch.empty_like(p).copy_(v) for k, v in kinds.items()
             }
-        if self.scaler.is_enabled():
+        if self.scaler.is_enabled() and "loss_scale" in state:  # else it was written in another precision
             own = {"scale": float(state["loss_scale"]), "_growth_tracker": int(state["loss_scale_steps"])}
             self.scaler.load_state_dict({**self.scaler.state_dict(), **own})
         if _AGE in state:

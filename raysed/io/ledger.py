@@ -317,13 +317,13 @@ class Ledger:
         self.storage.write("cycles.jsonl", "".join(lines).encode())
 
     def diverged(self) -> dict[str, Any] | None:
-        """cycle and steps (first, end) in which training diverged last, of a run that may have gone back and come through since;
-        None if it never did."""
+        """cycle and steps (first, end) in which training diverged last, rollbacks before that and config_hash then, of a run that may
+        have gone back and come through since; None if it never did."""
         try:
             found = json.loads(self.storage.read("diverged.json"))
         except FileNotFoundError:
             return None
-        return {k: found[k] for k in ("cycle", "steps")}
+        return {k: found[k] for k in ("cycle", "steps", "rollbacks", "config_hash")}
 
     def _fence(self) -> None:
         if self.epoch is None or _newest_lease(self.storage) > self.epoch:

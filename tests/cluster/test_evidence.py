@@ -49,6 +49,8 @@ def test_class_random_balances_classes_in_one_channel_unless_told_otherwise():
         ("uniform,entropy:seed=3", "'entropy:seed=3' must not have 'seed=3'"),
         ("uniform:model.init=m", "must not have 'model.init=m'"),
         ("uniform:select.strategy=entropy", "must not have"),
+        ("uniform,ceiling:cycles=6", "must not have 'cycles=6'"),
+        ("uniform:data.held_out=r", "must not have"),
     ],
 )
 def test_bad_arms_are_named(arms, text):

@@ -47,6 +47,32 @@ def stream(store: Store, wanted: list[tuple[int, str]], chunk: int) -> Stream:
     return Stream(store, wanted, name="test", chunk=chunk, reader_cpus=0.25, keys=(3, 5), limits=LIMITS)
 
 
+def test_a_worker_whose_read_tasks_find_no_cpu_reads_its_tiles_itself(ray_session, small_store, monkeypatch):
+    monkeypatch.setattr("raysed.cluster.stream.STARVED_SECONDS", 2.0)
+    store = Store.open(small_store)
+    ids = store.split("train")["tile_id"].to_pylist()[:60]
+    source = Stream(
+        store, list(enumerate(ids)), name="test", chunk=20, reader_cpus=1000, keys=(3, 5), limits=LIMITS
+    )
+    rows = source.take(range(60))
+    source.close()
+    assert source.starved
+    assert all((r.image == expected(store, r.tile_id)[0]).all() for r in rows)
+    assert [r.tile_id for r in rows] == ids
+    alone = Stream(
+        store,
+        list(enumerate(ids)),
+        name="test",
+        chunk=20,
+        reader_cpus=1000,
+        keys=(3, 5),
+        limits=LIMITS,
+        alone=True,
+    )
+    assert [r.tile_id for r in alone.take(range(60))] == ids
+    assert not alone.starved
+
+
 def expected(store: Store, tile_id: str) -> tuple[np.ndarray, np.ndarray]:
     tile = read_tiles(store.storage, store.locations([tile_id]), store.dataset.tile_size)[0]
     pixels, label = augment(tile.image, tile.label, keyed_rng("augment", 3, 5, tile_id))

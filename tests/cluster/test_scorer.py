@@ -3,14 +3,17 @@
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from concurrent.futures import Future
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from processes import environment
 
-from raysed.cluster import scorekeeping
+from raysed.cluster import scorekeeping, scoring
 from raysed.cluster.scorekeeping import Scorekeeper
 from raysed.cluster.scoring import CHUNK, Network, Scorer, ScorerPool, Scores, Work, score_pool
 from raysed.config import SelectConfig
@@ -59,11 +62,25 @@ def test_loss_and_features_are_those_of_a_plain_forward_pass(store):
     assert found["features"].astype(float) == pytest.approx(features.numpy(), rel=1e-2, abs=1e-3)
 
 
+def test_scores_are_of_single_precision_whatever_the_forward_pass_computes_in(store):
+    ids = store.index["tile_id"].to_pylist()[:20]
+    weights = {n: t.numpy() for n, t in build(ARCH, 8, 4).state_dict().items()}
+    scorer = LocalScorer(Network(ARCH, 8, "fp32", "cpu"), store.storage.uri, 64, 1 << 30)
+    full, half = (
+        scorer.score(weights, "v", store.locations(ids), 64, 1, precision=p)["scores"] for p in (None, "bf16")
+    )
+    assert not np.array_equal(full, half)
+    assert half[:, 2:].sum(1) == pytest.approx(half[:, 0], rel=1e-5)  # the masses sum to the entropy
+    assert len(np.unique(half[:, 2:])) > 0.9 * half[:, 2:].size
+
+
 def test_the_irreducible_loss_is_found_once_a_run_and_goes_on_from_the_ledger(store, monkeypatch):
     ids = sorted(store.split("train")["tile_id"].to_pylist())
     passes = []
 
-    def score_pool(scorers, threads, weights, version, locations, *, side, features=False, loss=False, renew):
+    def score_pool(
+        scorers, threads, weights, version, locations, *, side, features=False, loss=False, precision, renew
+    ):
         passes.append((version, side, loss))
         own = [at["tile_id"] for at in locations][1:]  # one cannot be read
         n = len(own)
@@ -82,7 +99,9 @@ def test_the_irreducible_loss_is_found_once_a_run_and_goes_on_from_the_ledger(st
 
     def keeper() -> Scorekeeper:
         select = SelectConfig(strategy="reducible-loss", reference="r")
-        return Scorekeeper(NoScorers(), 1.0, store, select, multiple=32, taken={}, reference=references)
+        return Scorekeeper(
+            NoScorers(), 1.0, store, select, multiple=32, taken={}, precision="fp32", reference=references
+        )
 
     monkeypatch.setattr(scorekeeping, "score_pool", score_pool)
     first, nothing = keeper(), lambda: pytest.fail("no weights are asked for")
@@ -100,7 +119,7 @@ def test_the_irreducible_loss_is_found_once_a_run_and_goes_on_from_the_ledger(st
 
 def test_what_a_diverged_attempt_left_behind_is_forgotten(store):
     select = SelectConfig(strategy="entropy", scores="overlapped")
-    keeper = Scorekeeper(None, 1.0, store, select, multiple=32, taken={})
+    keeper = Scorekeeper(None, 1.0, store, select, multiple=32, taken={}, precision="fp32")
     running = Future()
     keeper._ahead = running, "weights of the attempt"
     keeper.visits = ["a"], np.zeros((1, 3 + 2 * keeper.classes), np.float32)
@@ -121,7 +140,9 @@ def test_scorers_rest_only_when_they_will_be_idle_for_long(store):
 
     def rest(mode: str, seconds: float) -> int:
         select = SelectConfig(strategy="entropy", scores=mode)
-        return Scorekeeper(Pool(), 1.0, store, select, multiple=32, taken={}).rest(seconds, {"trainer"})
+        return Scorekeeper(Pool(), 1.0, store, select, multiple=32, taken={}, precision="fp32").rest(
+            seconds, {"trainer"}
+        )
 
     assert [rest("fresh", 59), rest("fresh", 61), rest("byproduct", 61), rest("overlapped", 1e6)] == [
         0,
@@ -173,6 +194,37 @@ def test_a_tile_that_kills_scorers_is_left_out_and_all_others_have_one_score(ray
     assert found.ids == [at["tile_id"] for at in locations if at["tile_id"] != "t040"]
     assert found.rows[:, 0].tolist() == [i for i in range(100) if i != 40]
     assert [(b.tile_id, b.reason) for b in found.bad] == [("t040", "2 scorers died over it alone")]
+
+
+@pytest.mark.ray
+def test_what_a_silent_scorer_holds_is_asked_of_idle_ones(ray_session, monkeypatch):
+    class Hanging:
+        """Scores by number; the one that is asked for tile 0 first hangs."""
+
+        def __init__(self, flag: str) -> None:
+            self.flag = Path(flag)
+
+        def node(self) -> str:
+            return "here"
+
+        def score(self, weights, version, locations, side, threads):
+            ids = [at["tile_id"] for at in locations]
+            if "t000" in ids and not self.flag.exists():
+                self.flag.touch()
+                time.sleep(600)
+            rows = np.array([[int(t[1:])] * 3 for t in ids], np.float32)
+            none = np.zeros(len(ids), np.float32)
+            return {"ids": ids, "scores": rows, "features": none[:, None], "loss": none, "bad": [], "node": "here"}  # fmt: skip
+
+    monkeypatch.setattr(scoring, "HUNG_SECONDS", 3.0)
+    locations = [{"tile_id": f"t{i:03d}", "sha256": "h"} for i in range(150)]
+    with tempfile.TemporaryDirectory() as folder:
+        pool = ScorerPool(2, (f"{folder}/flag",), {"num_cpus": 0.1}, Hanging)
+        began = time.monotonic()
+        found = score_pool(*pool.ready(60, 60), {}, "v", locations, side=64, renew=pool.renew)
+        pool.kill()
+    assert time.monotonic() - began < 120
+    assert found.rows[:, 0].tolist() == list(range(150))
 
 
 PACKING = """

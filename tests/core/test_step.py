@@ -14,7 +14,14 @@ from raysed.core.counts import class_sums
 from raysed.core.networks import Network, UNet
 from raysed.core.plan import plan
 from raysed.core.randomness import keyed_rng
-from raysed.core.step import Learner, MicroBatch, learning_rate, resolve_precision, to_device
+from raysed.core.step import (
+    Learner,
+    MicroBatch,
+    common_precision,
+    learning_rate,
+    resolve_precision,
+    to_device,
+)
 
 SIDE, CLASSES, BATCH, MICRO = 16, 3, 8, 2
 IDS = [f"t{i}" for i in range(21)]  # the last step has 5 tiles: micro-batches of 2, 2, 1 and none
@@ -341,3 +348,23 @@ def test_auto_is_the_precision_in_which_this_cpu_is_fastest(monkeypatch, matrice
     assert resolve_precision("auto", cpu, conv) == dense
     assert resolve_precision("auto", cpu, depthwise) == grouped
     assert resolve_precision("fp32", cpu, conv) == "fp32"
+
+
+def test_ranks_of_several_kinds_of_devices_compute_in_one_precision():
+    assert common_precision(["bf16", "fp16", "bf16"]) == "fp16"
+    assert common_precision(["bf16", "bf16"]) == "bf16"
+    assert common_precision(["bf16", "fp32"]) == "fp32"
+
+
+def test_a_state_of_another_precision_is_loaded_without_its_scale():
+    learners = [
+        Learner(small_net(norm=True), alpha=np.ones(CLASSES, np.float32), gamma=2, batch=2, precision=p)
+        for p in ("fp32", "fp16")
+    ]
+    images, labels = np.zeros((2, SIDE, SIDE, 3), np.uint8), np.ones((2, SIDE, SIDE), np.uint8)
+    micro = MicroBatch(0, *to_device(images, labels, torch.device("cpu")))
+    learners[0].step([micro], lr=1e-3, key=("k",), total=1)
+    learners[1].load_optimizer_state(learners[0].optimizer_state())
+    one, two = (next(iter(x.adam.state.values()))["exp_avg"] for x in learners)
+    assert torch.equal(one, two)
+    assert learners[1].scaler.get_scale() == 65536
