@@ -315,7 +315,10 @@ class Worker:
             self._load(begun or last)  # type: ignore[arg-type]
         told = self._first(self.ledger.diverged)
         if told and told["cycle"] >= start and told["config_hash"] == config_hash(self.exp):
-            self.rollbacks = min(told["rollbacks"] + 1, self.exp.optim.rollbacks)
+            went_back = (
+                told["rollbacks"] < self.exp.optim.rollbacks
+            )  # else the run ended there, and whoever goes on begins anew
+            self.rollbacks = told["rollbacks"] + 1 if went_back else self.rollbacks
         if last and self.rank == 0:
             self.ledger.prune_steps(last.cycle)
             if start < self.exp.cycles:

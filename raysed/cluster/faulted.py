@@ -248,11 +248,11 @@ def _watch_scoring(scoring: Any) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return read(storage, locations, *rest)
 
-    def scored(self: Any, weights: Any, version: str, *rest: Any) -> Any:
+    def scored(self: Any, weights: Any, version: str, *rest: Any, **more: Any) -> Any:
         seen = self.__dict__.setdefault("versions_seen", [])
         seen += [version] if version not in seen else []
         point("scoring", len(seen) - 1)
-        return score(self, weights, version, *rest)
+        return score(self, weights, version, *rest, **more)
 
     scoring.Scorer.score, scoring.read_tiles = scored, decoded
 
