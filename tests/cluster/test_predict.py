@@ -37,6 +37,7 @@ from raysed.config import ClusterConfig
 from raysed.core.counts import confusion
 from raysed.core.metrics import scores
 from raysed.core.networks import build
+from raysed.core.step import DTYPES, resolve_precision
 from raysed.core.tiles import VOID, LandClass, target_of
 from raysed.core.windows import Axis, Block, axis, seam_score
 from raysed.errors import DataError, ResourcesError, UsageError
@@ -121,14 +122,19 @@ def check_cog(path: Path) -> None:
     assert valid, faults
 
 
+def precision_here(net: model.Model) -> str:
+    return resolve_precision("auto", torch.device("cpu"), net.network())
+
+
 def direct(net: model.Model, image: np.ndarray) -> np.ndarray:
-    """(H, W) class ids of an image of whole tiles, tile by tile."""
+    """(H, W) class ids of an image of whole tiles, tile by tile, in the precision of maps on this machine."""
     network, out = net.network(), np.zeros(image.shape[:2], np.uint8)
+    dtype = DTYPES[precision_here(net)]
     for y in range(0, image.shape[0], SIDE):
         for x in range(0, image.shape[1], SIDE):
             tile = torch.from_numpy(image[y : y + SIDE, x : x + SIDE].copy()).permute(2, 0, 1)[None] / 255
-            with torch.inference_mode():
-                out[y : y + SIDE, x : x + SIDE] = network(tile)[0].argmax(0).numpy() + 1
+            with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype is not None):
+                out[y : y + SIDE, x : x + SIDE] = network(tile)[0].float().argmax(0).numpy() + 1
     return out
 
 
@@ -186,10 +192,15 @@ def test_maps_without_overlap_are_those_of_the_tiles_and_so_are_the_scores(ray_s
             torch.from_numpy(expected - 1)[None], torch.from_numpy(target_of(label))[None], 5
         ).numpy()
     result = run(tmp_path / "in", tmp_path / "out", net, labels=tmp_path / "in/labels", overlap=0.0)
-    with rasterio.open(tmp_path / "out/town_1.tif") as made:
-        assert np.array_equal(made.read(1), expected)
     found = json.loads((tmp_path / "out/metrics.json").read_text())
     assert found == result["metrics"]
+    with rasterio.open(tmp_path / "out/town_1.tif") as made:
+        same = np.mean(made.read(1) == expected)
+    if precision_here(net) != "fp32":  # a batch of tiles and one alone differ in the last of eight bits
+        assert same > 0.99
+        assert found["counts"] == pytest.approx(counts, rel=0.05, abs=20)
+        return
+    assert same == 1
     assert found == {"images": 2, **scores(counts, [c.name for c in CLASSES]), "counts": counts.tolist()}
 
 
