@@ -55,9 +55,10 @@ def test_a_run_that_diverged_is_told_from_one_that_went_back_and_came_through(
     run, store = Storage(str(experiment.run)), Store.open(tiny_store)
     write_arm(run, replace(experiment, cycles=4), store, cycles=cycles)
     assert Ledger(run).diverged() is None
-    run.write("diverged.json", json.dumps({"cycle": 2, "steps": [0, 4], "tile_ids": ["t"]}).encode())
+    told = {"cycle": 2, "steps": [0, 4], "rollbacks": 0, "config_hash": "h"}
+    run.write("diverged.json", json.dumps({**told, "tile_ids": ["t"]}).encode())
     found = runfile.collect(run, "uniform", 0, store, evidence=True)
-    assert found.facts["diverged"] == {"cycle": 2, "steps": [0, 4]}
+    assert found.facts["diverged"] == told
     assert found.ended_diverged is ended
     run.write(found.path, found.to_bytes())
     assert runfile.read(run, found.path).ended_diverged is ended
