@@ -300,12 +300,36 @@ def tables(rows: list[Row], runs: Sequence[RunFile]) -> str:
             markdown("IoU by class", ["class", *(n if k == "here" else f"{n}, paper" for n, k in both)], table2),
             markdown(f"First cycle in which a class is found (IoU above {FIRST_CORRECT})", ["class", *names], first),
             markdown("Fluctuation of the IoU of a class from cycle to cycle", ["class", *names], moves),
+            markdown("Selections; of classes and of what the synthetic world obscured, the share of the picks over that of the pool", ["run", "seen of the pool", "repeated from the cycle before", *classes, "ambiguous"], _picked(runs)),
             markdown("Seconds", ["run", *phases, "a warm cycle", "paper, total"], seconds),
             markdown("Ratios of a warm cycle's seconds", ["runs", "here", "paper"], ratios),
             markdown(f"Networks; the paper gives neither number.  Forward pass: {_timed(runs)}", ["run", "parameters", "forward, ms"], nets),
             markdown(f"Validation under disturbance, weights of the last cycle, {_tiles(runs)} tiles", ["run", *conditions], robust) if conditions else "",
         ]
     )  # fmt: skip
+
+
+def _picked(runs: Sequence[RunFile]) -> list[list[str]]:
+    """What each run selected, mean over its seeds."""
+    rows = []
+    for name in dict.fromkeys(run.name for run in runs):
+        picks = [run.facts["picks"] for run in runs if run.name == name and "picks" in run.facts]
+        if not picks:
+            continue
+        shares = [[p["coverage"][-1] for p in picks], [np.mean(p["repeats"] or [0]) for p in picks]]
+        ratios = [[_over(p["classes"][c], p["pool_classes"][c]) for p in picks] for c in picks[0]["classes"]]
+        ratios.append([_over(p["ambiguous"], p["pool_ambiguous"]) for p in picks])
+        rows.append([name, *(f"{np.mean(s):.3f}" for s in shares), *(_mean_ratio(r) for r in ratios)])
+    return rows
+
+
+def _over(picked: float | None, pool: float | None) -> float | None:
+    return picked / pool if picked is not None and pool else None
+
+
+def _mean_ratio(ratios: Sequence[float | None]) -> str:
+    known = [r for r in ratios if r is not None]
+    return f"{np.mean(known):.2f}" if known else ""
 
 
 class _Look:

@@ -34,8 +34,9 @@ class RunFile:
     seed: int
     facts: dict[str, Any]
     """config, data {name, hash, train, val, tile_size}, environment, device, precision, workers, threads, all of the last cycle;
-    machines (see `machine_of`) and commits, each once, of all cycles; diverged, if it has (see `Ledger.diverged`); after the last cycle also, of a comparison, network {parameters, forward_ms, ...} and robustness {condition: scores}, of the evidence,
-    replay (what does not verify), picks (see `picks_of`) and sources {names, counts}: (T, M, C, C) of the last T cycles."""
+    machines (see `machine_of`) and commits, each once, of all cycles; diverged, if it has (see `Ledger.diverged`); after the last cycle also
+    picks (see `picks_of`), of a comparison network {parameters, forward_ms, ...} and robustness {condition: scores}, of the evidence
+    replay (what does not verify) and sources {names, counts}: (T, M, C, C) of the last T cycles."""
     cycles: list[Manifest] = field(default_factory=list)
     """With no files but the digest of the manifest itself."""
 
@@ -162,7 +163,7 @@ def collect(
         name: of the experiment.
         seed: of the run.
         store: its tile store, of any version.
-        evidence: of a finished run take what evidence needs: its selections replayed and described, the counts of each source.
+        evidence: of a finished run take what evidence needs: its selections replayed, the counts of each source.
             Otherwise its network is measured, which takes minutes.
         measured: False leaves that out for now, because other runs would be in the way of it.
 
@@ -192,8 +193,9 @@ def collect(
         facts["commits"] = list(dict.fromkeys(m.record["environment"]["commit"] for m in manifests))
     if diverged := ledger.diverged():
         facts["diverged"] = diverged
-    if len(manifests) >= experiment.cycles and evidence:
+    if len(manifests) >= experiment.cycles:
         facts["picks"] = picks_of(ledger, manifests, store, experiment)
+    if len(manifests) >= experiment.cycles and evidence:
         facts["sources"] = sources_of(ledger, manifests)
         facts["replay"] = verify(ledger, store.split("train"))
     elif len(manifests) >= experiment.cycles and measured:
