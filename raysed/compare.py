@@ -164,13 +164,15 @@ def collect_all(root: Storage) -> Storage:
     results = root.at("results")
     for name, head in found:
         ledger = Ledger(root.at(head))
-        experiment, _ = ledger.config()
+        experiment, dataset_hash = ledger.config()
         if results.exists(f"{head}.jsonl"):
             before = runfile.read(results, f"{head}.jsonl")
             if len(before.cycles) == len(ledger.manifests()) and before.is_finished(experiment):
                 continue
         seed = int(head.rpartition("seed")[2])
-        record = runfile.collect(root.at(head), name, seed, Store.open(str(experiment.data.uri)))
+        record = runfile.collect(
+            root.at(head), name, seed, Store.open(str(experiment.data.uri), dataset_hash)
+        )
         results.write(record.path, record.to_bytes())
     return results
 

@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from raysed.core.losses import class_weights, focal_loss_sum
 from raysed.core.plan import plan
 from raysed.core.randomness import keyed_rng
 from raysed.core.scores import ScoreTable
-from raysed.core.step import DTYPES, Learner, MicroBatch, resolve_precision, to_device
+from raysed.core.step import DTYPES, Learner, MicroBatch, Precision, resolve_precision, to_device
 from raysed.core.uncertainty import log_probabilities, tile_scores
 from raysed.core.windows import axis
 from raysed.io.imagery import find_images
@@ -206,9 +206,12 @@ class Bench:
     def learner(self, batch: int = 16) -> Learner:
         """A fresh network in training, the default precision."""
         net = networks.build(ARCH, self.classes, 0)
-        return Learner(
-            net, alpha=self.alpha, gamma=2, batch=batch, precision=resolve_precision("auto", CPU, net)
-        )
+        return Learner(net, alpha=self.alpha, gamma=2, batch=batch, precision=self.precision)
+
+    @cached_property
+    def precision(self) -> Precision:
+        """In which this machine is fastest for `ARCH`."""
+        return resolve_precision("auto", CPU, networks.build(ARCH, self.classes, 0))
 
 
 def timed(action: Callable[[], Any]) -> float:
@@ -324,7 +327,7 @@ def plain_loop(bench: Bench) -> Callable[[Any], None]:
     net = networks.build(ARCH, bench.classes, 0).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     adam = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], 1e-3)
     alpha = torch.from_numpy(bench.alpha)
-    dtype = DTYPES[resolve_precision("auto", CPU, net)]
+    dtype = DTYPES[bench.precision]
 
     def loop(loader: Any) -> None:
         for k, (images, labels) in enumerate(loader):
@@ -476,6 +479,7 @@ def predict_over_bare(bench: Bench) -> Row:
         short, model.record.tile_size, settings
     )
     net = model.network().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    precision = resolve_precision("auto", CPU, net)
     images = np.stack([t.image for t in bench.tiles(BATCH)])
     targets = itertools.count()
 
@@ -487,7 +491,7 @@ def predict_over_bare(bench: Bench) -> Row:
         """Seconds a window, were every core as fast as these threads."""
         torch.set_num_threads(threads)
         x = to_device(images, np.zeros(0, np.uint8), CPU)[0]
-        times = [timed(lambda: logits(net, x, resolve_precision("auto", CPU, net))) for _ in range(9)]
+        times = [timed(lambda: logits(net, x, precision)) for _ in range(9)]
         return float(np.median(times[1:])) / BATCH * threads / cores
 
     mapped(short)
@@ -522,7 +526,7 @@ def _windows(path: Path, side: int, settings: Settings) -> int:
 
 
 def _scorers(bench: Bench, count: int) -> ScorerPool:
-    network = Network(ARCH, bench.classes, "auto", "cpu")
+    network = Network(ARCH, bench.classes, "cpu")
     made = ScorerPool(count, (network, bench.store.storage.uri, bench.side, 1 << 30), {"num_cpus": 0.1})
     made.ready(120, 120)
     return made
@@ -531,9 +535,8 @@ def _scorers(bench: Bench, count: int) -> ScorerPool:
 def _pool_seconds(bench: Bench, pool: ScorerPool, weights: dict[str, np.ndarray]) -> float:
     locations, scorers = bench.store.located(bench.ids), [s for s in pool.scorers if s]
     threads = [1] * len(scorers)
-    return timed(
-        lambda: score_pool(scorers, threads, weights, "bench", locations, side=bench.side, renew=pool.renew)
-    )
+    how: dict[str, Any] = {"side": bench.side, "precision": bench.precision, "renew": pool.renew}
+    return timed(lambda: score_pool(scorers, threads, weights, "bench", locations, **how))
 
 
 def _weights(bench: Bench) -> dict[str, np.ndarray]:
@@ -549,7 +552,7 @@ def scoring_over_bare(bench: Bench) -> Row:
 
     def bare() -> None:
         for batch in batches:
-            scored(net, to_device(batch, np.zeros(0, np.uint8), CPU)[0], resolve_precision("auto", CPU, net))
+            scored(net, to_device(batch, np.zeros(0, np.uint8), CPU)[0], bench.precision)
 
     pairs = alternating(lambda: _pool_seconds(bench, scorers, weights), bare, 4)
     scorers.kill()
@@ -721,8 +724,8 @@ def latency(bench: Bench) -> Row:
     times: dict[str, list[float]] = {}
     for arch in ARCHS:
         net = networks.build(arch, bench.classes, 0).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-        scored(net, x, resolve_precision("auto", CPU, net))
         forward = partial(scored, net, x, resolve_precision("auto", CPU, net))
+        forward()
         times[arch] = [1e3 * timed(forward) for _ in range(7)]
     return row("latency", times[ARCH], [{k: round(float(np.median(v)), 1) for k, v in times.items()}])
 

@@ -27,7 +27,7 @@ from raysed.cluster.faulted import GATE, SPEC, forked
 from raysed.cluster.faultproxy import FaultProxy
 from raysed.cluster.local import LocalCluster, ObjectServer
 from raysed.core.synthetic import scene
-from raysed.core.tiles import OPENEARTHMAP, pixel_counts, tile_id
+from raysed.core.tiles import OPENEARTHMAP, pixel_counts, shard_path, tile_id
 from raysed.errors import RaysedError
 from raysed.io import codec, store
 from raysed.io.ledger import Ledger, difference, verify
@@ -123,9 +123,7 @@ def small_store(uri: str, labels: Mapping[str, bytes] | None = None) -> None:
                 "label": (labels or {}).get(tile_id(name, row, col), codec.encode_label(label)),
             })  # fmt: skip
     parts = [rows[i : i + 64] for i in range(0, len(rows), 64)]
-    shards = [
-        store.write_shard(storage, f"shards/part-{k:05d}.parquet", part) for k, part in enumerate(parts)
-    ]
+    shards = [store.write_shard(storage, shard_path(1, k), part) for k, part in enumerate(parts)]
     index = pa.concat_tables(shards)
     store.finish(storage, name="small", classes=OPENEARTHMAP, ignore=(0,), tile_size=side, index=index)
 

@@ -314,11 +314,14 @@ class Worker:
         if begun or last:
             self._load(begun or last)  # type: ignore[arg-type]
         told = self._first(self.ledger.diverged)
-        if told and told["cycle"] >= start and told["config_hash"] == config_hash(self.exp):
-            went_back = (
-                told["rollbacks"] < self.exp.optim.rollbacks
-            )  # else the run ended there, and whoever goes on begins anew
-            self.rollbacks = told["rollbacks"] + 1 if went_back else self.rollbacks
+        if (
+            told
+            and told["cycle"] >= start
+            and told["config_hash"] == config_hash(self.exp)
+            and told["rollbacks"]
+            < self.exp.optim.rollbacks  # else the run ended there, and this one begins anew
+        ):
+            self.rollbacks = told["rollbacks"] + 1
         if last and self.rank == 0:
             self.ledger.prune_steps(last.cycle)
             if start < self.exp.cycles:
@@ -439,7 +442,7 @@ class Worker:
         """Score and select."""
         clock = Clock()
         self._at("score", cycle)
-        if self.device.type == "cuda":
+        if self.keeper and self.device.type == "cuda":
             torch.cuda.empty_cache()  # a scorer may share the GPU
         scores = self._score(cycle, clock) if self.keeper and self.exp.scores_before(cycle) else None
         with clock.phase("select"):

@@ -177,7 +177,7 @@ def _here() -> NodeAffinitySchedulingStrategy:
 
 def _scorers(experiment: Experiment, store: Store, device: str, count: int) -> ScorerPool:
     cluster = experiment.cluster
-    network = Network(experiment.model.arch, len(store.dataset.classes), experiment.optim.precision, device)
+    network = Network(experiment.model.arch, len(store.dataset.classes), device)
     make = network, store.storage.uri, store.dataset.tile_size, int(cluster.cache_gib * 2**30)
     asked = cluster.scorer(device)
     options = {"num_cpus": asked["CPU"], "num_gpus": asked.get("GPU", 0)}

@@ -23,8 +23,7 @@ from raysed.cluster.connect import check_paths, connect
 from raysed.cluster.room import secure_task
 from raysed.cluster.tasks import run_tasks
 from raysed.core import tiles
-from raysed.core.splits import shard_path
-from raysed.core.tiles import OPENEARTHMAP
+from raysed.core.tiles import OPENEARTHMAP, shard_path
 from raysed.errors import DataError, UsageError
 from raysed.io import codec, sources, store
 from raysed.io.ledger import table_bytes

@@ -41,7 +41,6 @@ class Network:
 
     arch: str
     classes: int
-    precision: str
     device: str
 
 
@@ -59,12 +58,10 @@ class Scorer:
         import torch
 
         from raysed.core.networks import build
-        from raysed.core.step import resolve_precision
 
         self.device = torch.device(network.device)
         net = build(network.arch, network.classes, seed=0).to(self.device)
         self.net = net.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-        self.precision = resolve_precision(network.precision, self.device, net)
         self.storage, self.side, self.version = Storage(uri), side, ""
         self.classes = network.classes
         self.cache: dict[str, np.ndarray] = {}
@@ -80,11 +77,11 @@ class Scorer:
         version: str,
         locations: list[dict],
         side: int,
-        threads: int,
         *,
+        threads: int,
+        precision: str,
         features: bool = False,
         loss: bool = False,
-        precision: str | None = None,
     ) -> dict[str, Any]:
         """Scores of one chunk.
 
@@ -94,9 +91,9 @@ class Scorer:
             locations: rows of `store.LOCATION`.
             side: side at which the tiles are scored, pixels; smaller than stored is cheaper.
             threads: torch threads; sent with every call, since they follow from who else is on its node.
+            precision: of the forward pass, that of the ranks: a score must not depend on who gave it.
             features: give the network's deepest features too.
             loss: give the mean cross-entropy over the known pixels of each tile's label too; at the stored side only.
-            precision: of the forward pass; None is what this device is fastest in.
 
         Returns:
             ids, (n, 2 + C) float32 scores, (n,) float32 loss (0 unless asked for) and (n, D) float16 features (D 0 unless asked for) of the good tiles, bad tiles, and
@@ -118,7 +115,7 @@ class Scorer:
         except RaysedError as error:
             return {"failed": (type(error).__name__, str(error))}
         ids, rows, deepest, losses = list(images), [], [], [np.zeros(0, np.float32)]
-        dtype = DTYPES[precision or self.precision]
+        dtype = DTYPES[precision]
         try:
             for i in range(0, len(ids), BATCH):
                 batch = np.stack([resize_image(images[t], side, side) for t in ids[i : i + BATCH]])
@@ -380,15 +377,15 @@ def score_pool(
     side: int,
     features: bool = False,
     loss: bool = False,
-    precision: str | None = None,
+    precision: str,
     renew: Callable[[ActorHandle], ActorHandle],
 ) -> Scores:
     """Score tiles with a pool of scorers; every tile gets one score, whoever dies.
 
     Chunk k goes first to scorer k mod n, which has its tiles decoded already; idle scorers take from the fullest queue.
-    What a dead scorer held goes back to the front; what a silent one
-    holds is asked of idle ones too, and the first answer counts.  A chunk that `DEATHS` scorers did not outlive is asked tile by tile, so that
-    one bad tile, or too many at once, costs no other its score; alone in its batch a tile's score may differ in the last bit.
+    What a dead scorer held goes back to the front; what a silent one holds is asked of idle ones too, and the first answer counts.
+    A chunk that `DEATHS` scorers did not outlive is asked tile by tile, so that one bad tile, or too many at once, costs no other
+    its score; alone in its batch a tile's score may differ in the last bit.
 
     Args:
         scorers: that are up.
@@ -399,7 +396,7 @@ def score_pool(
         side: at which tiles are scored, pixels.
         features: whether features are wanted.
         loss: whether losses are wanted.
-        precision: of the forward pass, the same on all; None leaves it to each scorer's device.
+        precision: of the forward pass, the same on all.
         renew: makes a scorer in place of the last one, when that has died; the others are missed until the next scoring.
 
     Raises:
@@ -408,11 +405,12 @@ def score_pool(
     """
     work = Work(locations, len(scorers))
     more: dict[str, Any] = ({"features": True} if features else {}) | ({"loss": True} if loss else {})
-    more |= {"precision": precision} if precision else {}
     sent, living = ray.put(weights), dict(enumerate(scorers))
 
     def call(n: int, k: int) -> Any:
-        return living[n].score.remote(sent, version, work.tiles(k), side, threads[n], **more)
+        return living[n].score.remote(
+            sent, version, work.tiles(k), side, threads=threads[n], precision=precision, **more
+        )
 
     asked = _Asked(work, living, call)
     for n in [*living, *living]:  # two in flight each, so that none waits for its next chunk

@@ -1,12 +1,13 @@
 """Which tiles a run may train on and which it is judged by: rows of the store's index, decided by names alone."""
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from raysed.core.tiles import born_in
 
 Half = Literal["dev", "report"]
 
@@ -88,17 +89,6 @@ def _regions(rows: pa.Table) -> dict[str, tuple[int, str]]:
     """Source -> version that it came with, by the name of its shard, and region."""
     groups = rows.group_by(["source", "region", "shard"]).aggregate([]).to_pylist()
     return {g["source"]: (born_in(g["shard"]), g["region"]) for g in groups}
-
-
-def shard_path(version: int, part: int) -> str:
-    """Path of a shard of a tile store, by the version that it came with."""
-    return f"shards/part-{part:05d}.parquet" if version == 1 else f"shards/v{version:04d}-{part:05d}.parquet"
-
-
-def born_in(shard: str) -> int:
-    """Version that a shard came with."""
-    found = re.match(r"shards/v(\d+)-", shard)
-    return int(found[1]) if found else 1
 
 
 def _within(rows: pa.Table, regions: str) -> pa.ChunkedArray:

@@ -68,6 +68,17 @@ def tile_id(source: str, row: int, col: int) -> str:
     return check_id(f"{source}-r{row:03d}c{col:03d}")
 
 
+def shard_path(version: int, part: int) -> str:
+    """Path of a shard of a tile store, by the version that it came with."""
+    return f"shards/part-{part:05d}.parquet" if version == 1 else f"shards/v{version:04d}-{part:05d}.parquet"
+
+
+def born_in(shard: str) -> int:
+    """Version that a shard came with."""
+    found = re.match(r"shards/v(\d+)-", shard)
+    return int(found[1]) if found else 1
+
+
 def region_of(source: str) -> str:
     """Region of a source image: its name before the last underscore, or the whole name."""
     return source.rpartition("_")[0] or source

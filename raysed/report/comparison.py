@@ -202,8 +202,7 @@ def mean_curves(runs: Sequence[RunFile]) -> figures.Arms:
     for name in dict.fromkeys(run.name for run in runs):
         seeds = [run.cycles for run in runs if run.name == name]
         arms[name] = [
-            Manifest(cycle, {}, _mean([s[cycle].record for s in seeds]))
-            for cycle in range(min(map(len, seeds)))  # of the evidence, rounds may end at different cycles
+            Manifest(cycle, {}, _mean([s[cycle].record for s in seeds])) for cycle in range(len(seeds[0]))
         ]
     return arms
 

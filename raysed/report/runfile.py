@@ -162,7 +162,7 @@ def collect(
         run: the directory.
         name: of the experiment.
         seed: of the run.
-        store: its tile store, of any version.
+        store: its tile store, as the run has it.
         evidence: of a finished run take what evidence needs: its selections replayed, the counts of each source.
             Otherwise its network is measured, which takes minutes.
         measured: False leaves that out for now, because other runs would be in the way of it.
@@ -172,7 +172,6 @@ def collect(
     """
     ledger = Ledger(run)
     experiment, dataset_hash = ledger.config()
-    store = Store.open(store.storage.uri, dataset_hash)
     manifests = ledger.manifests()
     config = experiment.to_dict()
     config["run"] = config["data"]["uri"] = None

@@ -76,9 +76,9 @@ def summarise(run: Storage) -> dict[str, Any]:
     experiment, dataset_hash = own.config()
     summary["config"] = {**experiment.to_dict(), "run": run.uri}
     summary["dataset_hash"] = dataset_hash
-    if manifests := manifests or next(
-        iter(committed.values()), []
-    ):  # interrupted in its passive arm, which comes first
+    if not manifests:  # interrupted in the passive arm, which comes first
+        manifests = next(iter(committed.values()), [])
+    if manifests:
         record = manifests[-1].record
         environment = record["environment"]
         summary |= {k: environment[k] for k in ENVIRONMENT}

@@ -43,32 +43,24 @@ SIDE = 64
 LIMITS = AugmentConfig()
 
 
-def stream(store: Store, wanted: list[tuple[int, str]], chunk: int) -> Stream:
-    return Stream(store, wanted, name="test", chunk=chunk, reader_cpus=0.25, keys=(3, 5), limits=LIMITS)
+def stream(
+    store: Store, wanted: list[tuple[int, str]], chunk: int, *, reader_cpus: float = 0.25, alone: bool = False
+) -> Stream:
+    more = {"name": "test", "keys": (3, 5), "limits": LIMITS}
+    return Stream(store, wanted, chunk=chunk, reader_cpus=reader_cpus, alone=alone, **more)
 
 
 def test_a_worker_whose_read_tasks_find_no_cpu_reads_its_tiles_itself(ray_session, small_store, monkeypatch):
     monkeypatch.setattr("raysed.cluster.stream.STARVED_SECONDS", 2.0)
     store = Store.open(small_store)
     ids = store.split("train")["tile_id"].to_pylist()[:60]
-    source = Stream(
-        store, list(enumerate(ids)), name="test", chunk=20, reader_cpus=1000, keys=(3, 5), limits=LIMITS
-    )
+    source = stream(store, list(enumerate(ids)), 20, reader_cpus=1000)
     rows = source.take(range(60))
     source.close()
     assert source.starved
     assert all((r.image == expected(store, r.tile_id)[0]).all() for r in rows)
     assert [r.tile_id for r in rows] == ids
-    alone = Stream(
-        store,
-        list(enumerate(ids)),
-        name="test",
-        chunk=20,
-        reader_cpus=1000,
-        keys=(3, 5),
-        limits=LIMITS,
-        alone=True,
-    )
+    alone = stream(store, list(enumerate(ids)), 20, reader_cpus=1000, alone=True)
     assert [r.tile_id for r in alone.take(range(60))] == ids
     assert not alone.starved
 
@@ -136,27 +128,29 @@ def test_a_storage_that_refuses_comes_out_of_stream_and_scorer_as_itself(
         source.take(range(5))
     source.close()
     assert "\n" not in str(failed.value)
-    network = Network("unet:resnet18", 8, "fp32", "cpu")
+    network = Network("unet:resnet18", 8, "cpu")
     scorer = ray.remote(Scorer).remote(network, shardless_store, store.dataset.tile_size, 1 << 30)
     with pytest.raises(StorageError, match=r"shards/part-00000\.parquet: .*directory"):
-        score_pool([scorer], [1], weights, "v1", store.locations(ids), side=SIDE, renew=pytest.fail)
+        score_pool(
+            [scorer], [1], weights, "v1", store.locations(ids), side=SIDE, precision="fp32", renew=pytest.fail
+        )
     ray.kill(scorer)
 
 
 def test_scorers_that_die_again_and_again_end_the_scoring(ray_session, small_store, weights, monkeypatch):
     class Doomed(Scorer):
-        def score(self, weights, version, locations, side, threads):
+        def score(self, weights, version, locations, side, *, threads, precision):
             os._exit(9)
 
     monkeypatch.setattr(scoring, "PATIENCE", 8.0)
     store = Store.open(small_store)
-    network = Network("unet:resnet18", 8, "fp32", "cpu")
+    network = Network("unet:resnet18", 8, "cpu")
     make = network, small_store, store.dataset.tile_size, 1 << 30
     made = ScorerPool(2, make, {"num_cpus": 0.1}, Doomed)
     doomed, _ = made.ready(60, 60)
     at = store.locations(store.index["tile_id"].to_pylist()[:40])
     with pytest.raises(ResourcesError, match=r"no scorer has given a score for 8 s, 0 of 2 chunks .*memory"):
-        score_pool(doomed, [1, 1], weights, "v1", at, side=SIDE, renew=made.renew)
+        score_pool(doomed, [1, 1], weights, "v1", at, side=SIDE, precision="fp32", renew=made.renew)
     made.kill()
 
 
@@ -169,7 +163,7 @@ def ask_until_it_is_gone(scorer) -> None:
 
 def test_scorers_given_back_are_made_anew_and_score_the_same(ray_session, small_store, weights):
     store = Store.open(small_store)
-    network = Network("unet:resnet18", 8, "fp32", "cpu")
+    network = Network("unet:resnet18", 8, "cpu")
     pool = ScorerPool(2, (network, small_store, store.dataset.tile_size, 1 << 30), {"num_cpus": 0.1})
     [node] = {n["NodeID"] for n in ray.nodes() if n["Alive"]}
 
@@ -178,7 +172,7 @@ def test_scorers_given_back_are_made_anew_and_score_the_same(ray_session, small_
         assert len(up) == 2
         assert threads == [max(1, int(ray.cluster_resources()["CPU"] // 2))] * 2
         at = store.locations(store.index["tile_id"].to_pylist()[:40])
-        return score_pool(up, [1, 1], weights, "v1", at, side=SIDE, renew=pool.renew).rows
+        return score_pool(up, [1, 1], weights, "v1", at, side=SIDE, precision="fp32", renew=pool.renew).rows
 
     other = copy.copy(pool)  # a worker that takes the place of one that has given them back
     pool.start()
@@ -203,15 +197,15 @@ def pool(ray_session, small_store):
     class MortalScorer(Scorer):
         """Dies once, while it holds its second chunk of the weights `deadly`."""
 
-        def score(self, weights, version, locations, side, threads):
+        def score(self, weights, version, locations, side, *, threads, precision):
             self.calls = getattr(self, "calls", 0) + (version == "deadly")
             marker = Path(self.storage.uri, "died")
             if self.calls == 2 and not marker.exists():
                 marker.touch()
                 os._exit(9)
-            return super().score(weights, version, locations, side, threads)
+            return super().score(weights, version, locations, side, threads=threads, precision=precision)
 
-    network = Network("unet:resnet18", 8, "fp32", "cpu")
+    network = Network("unet:resnet18", 8, "cpu")
     side = Store.open(small_store).dataset.tile_size
     made = ScorerPool(2, (network, small_store, side, 1 << 30), {"num_cpus": 0.1}, MortalScorer)
     yield made
@@ -230,7 +224,16 @@ def test_scores_of_the_pool_equal_a_plain_loop_though_a_scorer_dies(pool, weight
     def scored(version: str, order: list[str]) -> scoring.Scores:
         up, _ = pool.ready(60, 60)
         assert len(up) == 2
-        return score_pool(up, [1, 1], weights, version, store.locations(order), side=SIDE, renew=pool.renew)
+        return score_pool(
+            up,
+            [1, 1],
+            weights,
+            version,
+            store.locations(order),
+            side=SIDE,
+            precision="fp32",
+            renew=pool.renew,
+        )
 
     calm = scored("v1", ids)
     assert calm.ids == ids
@@ -261,10 +264,10 @@ def test_a_bad_tile_is_left_out_of_the_scores_and_named(ray_session, weights, da
     scorer = (
         ray.remote(Scorer)
         .options(num_cpus=0.1)
-        .remote(Network("unet:resnet18", 8, "fp32", "cpu"), uri, store.dataset.tile_size, 1 << 30)
+        .remote(Network("unet:resnet18", 8, "cpu"), uri, store.dataset.tile_size, 1 << 30)
     )
     at = store.locations(store.index["tile_id"].to_pylist()[:40])
-    scores = score_pool([scorer], [1], weights, "v1", at, side=SIDE, renew=pytest.fail)
+    scores = score_pool([scorer], [1], weights, "v1", at, side=SIDE, precision="fp32", renew=pytest.fail)
     ray.kill(scorer)
     assert [b.tile_id for b in scores.bad] == [victim]
     assert len(scores.ids) == 39

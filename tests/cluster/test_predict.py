@@ -62,12 +62,12 @@ def quiet(_: str) -> None:
     pass
 
 
-def small_model(**changes) -> model.Model:
-    net = build(ARCH, len(CLASSES), seed=3)
+def small_model(arch: str = ARCH, **changes) -> model.Model:
+    net = build(arch, len(CLASSES), seed=3)
     weights = {n: t.clone() for n, t in net.net.state_dict().items()}
     weights["segmentation_head.0.weight"] *= 30  # untrained, but not undecided
     record = model.Record(
-        arch=ARCH,
+        arch=arch,
         classes=CLASSES,
         ignore=(0,),
         tile_size=SIDE,
@@ -180,7 +180,8 @@ def test_a_geotiff_becomes_a_cloud_optimized_one_at_the_same_place(ray_session, 
 
 @pytest.mark.ray
 def test_maps_without_overlap_are_those_of_the_tiles_and_so_are_the_scores(ray_session, tmp_path):
-    net, counts = small_model(), np.zeros((5, 5), np.int64)
+    grouped = "unet:tu-test_efficientnet"  # in fp32 unless this CPU has matrix units: then the map is exact
+    net, counts = small_model(grouped), np.zeros((5, 5), np.int64)
     for i in range(2):
         image = pixels(128, 192, seed=i)
         label = np.random.default_rng(i).integers(0, 6, (128, 192)).astype(np.uint8)
@@ -196,7 +197,7 @@ def test_maps_without_overlap_are_those_of_the_tiles_and_so_are_the_scores(ray_s
     assert found == result["metrics"]
     with rasterio.open(tmp_path / "out/town_1.tif") as made:
         same = np.mean(made.read(1) == expected)
-    if precision_here(net) != "fp32":  # a batch of tiles and one alone differ in the last of eight bits
+    if precision_here(net) == "bf16":  # a batch of tiles and one alone differ in the last of eight bits
         assert same > 0.99
         assert found["counts"] == pytest.approx(counts, rel=0.05, abs=20)
         return

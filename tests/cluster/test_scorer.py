@@ -42,10 +42,12 @@ def test_loss_and_features_are_those_of_a_plain_forward_pass(store):
     ids = store.index["tile_id"].to_pylist()[:20]
     net = build(ARCH, 8, 4).eval()
     weights = {n: t.numpy() for n, t in net.state_dict().items()}
-    scorer = LocalScorer(Network(ARCH, 8, "fp32", "cpu"), store.storage.uri, 64, 1 << 30)
+    scorer = LocalScorer(Network(ARCH, 8, "cpu"), store.storage.uri, 64, 1 << 30)
     for _ in range(2):  # the second time the images are kept already
-        found = scorer.score(weights, "v", store.locations(ids), 64, 1, features=True, loss=True)
-    bare = scorer.score(weights, "v", store.locations(ids), 64, 1)
+        found = scorer.score(
+            weights, "v", store.locations(ids), 64, threads=1, precision="fp32", features=True, loss=True
+        )
+    bare = scorer.score(weights, "v", store.locations(ids), 64, threads=1, precision="fp32")
     assert bare["features"].shape == (20, 0)
     assert np.array_equal(bare["scores"], found["scores"])
     tiles = read_tiles(store.storage, store.locations(ids), 64)
@@ -65,9 +67,10 @@ def test_loss_and_features_are_those_of_a_plain_forward_pass(store):
 def test_scores_are_of_single_precision_whatever_the_forward_pass_computes_in(store):
     ids = store.index["tile_id"].to_pylist()[:20]
     weights = {n: t.numpy() for n, t in build(ARCH, 8, 4).state_dict().items()}
-    scorer = LocalScorer(Network(ARCH, 8, "fp32", "cpu"), store.storage.uri, 64, 1 << 30)
+    scorer = LocalScorer(Network(ARCH, 8, "cpu"), store.storage.uri, 64, 1 << 30)
     full, half = (
-        scorer.score(weights, "v", store.locations(ids), 64, 1, precision=p)["scores"] for p in (None, "bf16")
+        scorer.score(weights, "v", store.locations(ids), 64, threads=1, precision=p)["scores"]
+        for p in ("fp32", "bf16")
     )
     assert not np.array_equal(full, half)
     assert half[:, 2:].sum(1) == pytest.approx(half[:, 0], rel=1e-5)  # the masses sum to the entropy
@@ -179,7 +182,7 @@ def test_a_tile_that_kills_scorers_is_left_out_and_all_others_have_one_score(ray
         def node(self) -> str:
             return "here"
 
-        def score(self, weights, version, locations, side, threads):
+        def score(self, weights, version, locations, side, *, threads, precision):
             ids = [at["tile_id"] for at in locations]
             if "t040" in ids:
                 os._exit(9)
@@ -189,7 +192,7 @@ def test_a_tile_that_kills_scorers_is_left_out_and_all_others_have_one_score(ray
 
     locations = [{"tile_id": f"t{i:03d}", "sha256": "h"} for i in range(100)]
     pool = ScorerPool(2, (), {"num_cpus": 0.1}, Mortal)
-    found = score_pool(*pool.ready(60, 60), {}, "v", locations, side=64, renew=pool.renew)
+    found = score_pool(*pool.ready(60, 60), {}, "v", locations, side=64, precision="fp32", renew=pool.renew)
     pool.kill()
     assert found.ids == [at["tile_id"] for at in locations if at["tile_id"] != "t040"]
     assert found.rows[:, 0].tolist() == [i for i in range(100) if i != 40]
@@ -207,7 +210,7 @@ def test_what_a_silent_scorer_holds_is_asked_of_idle_ones(ray_session, monkeypat
         def node(self) -> str:
             return "here"
 
-        def score(self, weights, version, locations, side, threads):
+        def score(self, weights, version, locations, side, *, threads, precision):
             ids = [at["tile_id"] for at in locations]
             if "t000" in ids and not self.flag.exists():
                 self.flag.touch()
@@ -221,7 +224,9 @@ def test_what_a_silent_scorer_holds_is_asked_of_idle_ones(ray_session, monkeypat
     with tempfile.TemporaryDirectory() as folder:
         pool = ScorerPool(2, (f"{folder}/flag",), {"num_cpus": 0.1}, Hanging)
         began = time.monotonic()
-        found = score_pool(*pool.ready(60, 60), {}, "v", locations, side=64, renew=pool.renew)
+        found = score_pool(
+            *pool.ready(60, 60), {}, "v", locations, side=64, precision="fp32", renew=pool.renew
+        )
         pool.kill()
     assert time.monotonic() - began < 120
     assert found.rows[:, 0].tolist() == list(range(150))

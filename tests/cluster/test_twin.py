@@ -136,17 +136,25 @@ def test_without_the_right_token_nothing_is_submitted_or_reached(cluster, bucket
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("play", "setting"),
-    [(twin.elastic, {"nodes": 1}), (twin.autoscaled, {"cluster_file": twin.ROOT / "cluster.yaml"})],
-    ids=["elastic", "autoscaled"],
+    [
+        (twin.two_nodes, {"nodes": 2}),
+        (twin.elastic, {"nodes": 1}),
+        (twin.autoscaled, {"cluster_file": twin.ROOT / "cluster.yaml"}),
+    ],
+    ids=["two nodes", "elastic", "autoscaled"],
 )
-def test_nodes_that_come_and_go(play, setting):
-    """As `make twin ELASTIC=1` and `AUTOSCALE=1`: the plays raise if workers do not follow the nodes, or visits are lost."""
+def test_what_make_twin_plays(play, setting):
+    """As `make twin`, `ELASTIC=1` and `AUTOSCALE=1`: the plays raise if a node does nothing, workers do not follow the nodes, or
+    visits are lost.
+    """
     said: list[str] = []
     with twin.Twin(said.append, **setting) as up:
         facts = play(up)
     if play is twin.elastic:
         assert facts["workers"] == [1, 2, 1]
         assert all(sum(c["visits"].values()) == c["tiles"] for c in facts["cycles"])
+    elif play is twin.two_nodes:
+        assert all(len(nodes) == 2 for nodes in facts["work_by_node"].values())
     else:
         assert facts["most_nodes"] >= 3
         assert facts["seconds_from_last_worker_to_head_alone"] <= twin.GONE_SECONDS

@@ -2,7 +2,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from raysed.core.splits import first_unseen, halves, shard_path, training_rows, validation_rows
+from raysed.core.splits import first_unseen, halves, training_rows, validation_rows
+from raysed.core.tiles import shard_path
 
 
 @pytest.fixture

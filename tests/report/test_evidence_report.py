@@ -1,5 +1,6 @@
 """Evidence from result files alone: no run directory, and no Ray is started."""
 
+import argparse
 import itertools
 import json
 import math
@@ -8,12 +9,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from raysed import compare as series
 from raysed import evidence as job
 from raysed.config import Experiment
 from raysed.core.metrics import scores
 from raysed.errors import DivergedError, UsageError
 from raysed.io.ledger import Manifest
 from raysed.io.storage import Storage
+from raysed.io.store import Store
 from raysed.report import runfile
 from raysed.report.evidence import read_arms as read
 from raysed.report.evidence import renew_combined, write_evidence
@@ -299,7 +302,10 @@ def test_seconds_of_several_machines_are_not_compared(results):
     rows = json.loads(results.read("summary.json"))
     assert {r["mean"] for r in rows if "time" in r["metric"] or r["metric"] == "aulc_seconds"} == {None}
     assert all(r["mean"] is not None for r in rows if r["metric"] == "miou")
-    assert "Seconds are not compared" in text
+    assert "Seconds are not compared: the runs were made on several kinds of machines" in text
+    assert (
+        "2 cores of x: 1 workers on cpu, 1 threads; 2 cores of another: 1 workers on cpu, 1 threads" in text
+    )
 
 
 def diverge(results: Storage, arm: str, seed: int, cycle: int) -> None:
@@ -390,6 +396,37 @@ def test_a_diverged_run_ends_the_report_half_too(tiny_store, tmp_path, monkeypat
     ours = next(r for r in rows if r["arm"] == "defensive" and r["role"] == "primary")
     assert (ours["metric"], ours["seeds"], ours["diverged"], ours["p"]) == ("aulc_tiles", [0], [1], None)
     assert "ended there" in folder.read("tables.md").decode()
+
+
+def test_a_diverged_run_is_not_tried_again_and_the_job_still_says_so(
+    tiny_store, tmp_path, monkeypatch, capsys
+):
+    """The runs that are left are looked at, and not done."""
+    folder, left = Storage(str(tmp_path / "results")), []
+    monkeypatch.setattr(series, "carry_out_all", lambda runs, **_: left.extend(n for n, _ in runs) or 0)
+    monkeypatch.setattr(series.runfile, "collect", lambda run, name, seed, store, **_: run_file(name, seed))
+    own = Store.open(tiny_store).dataset.content_hash
+    diverge(folder, "defensive", 0, 4)
+    found = runfile.read(folder, "defensive-seed0.jsonl")
+    base = Experiment(run=str(tmp_path / "r"), cycles=CYCLES)
+    for hash_, told in ((own, None), ("ab" * 32, "all runs of a series have one data set")):
+        found.facts["data"]["hash"] = hash_
+        found.facts["config"] = base.to_dict()
+        folder.write(found.path, found.to_bytes())
+        args = argparse.Namespace(dry_run=False)
+        if told:
+            with pytest.raises(UsageError, match=told):
+                series.run_all([("defensive", base)], args, folder, Store.open(tiny_store), evidence=True)
+        else:
+            code = series.run_all([("defensive", base)], args, folder, Store.open(tiny_store), evidence=True)
+            assert (code, left) == (DivergedError.exit_code, [])
+            assert "diverged in cycle 5, not tried again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [["--seeds", "0,0"], ["--only", "b0,b0"]])
+def test_the_same_run_twice_is_refused(tiny_store, argv):
+    with pytest.raises(UsageError, match="twice"):
+        series.compare(None, ["--data", tiny_store, *argv])
 
 
 def test_the_summaries_of_all_folders_are_one(tmp_path):
