@@ -50,14 +50,20 @@ def stream(
     return Stream(store, wanted, chunk=chunk, reader_cpus=reader_cpus, alone=alone, **more)
 
 
-def test_a_worker_whose_read_tasks_find_no_cpu_reads_its_tiles_itself(ray_session, small_store, monkeypatch):
-    monkeypatch.setattr("raysed.cluster.stream.STARVED_SECONDS", 2.0)
+def test_a_worker_whose_read_tasks_find_no_cpu_reads_its_tiles_itself(ray_session, small_store):
+    def starved(ids):
+        """In a process of its own: nothing but its end stops an execution of Ray Data that waits for a CPU."""
+        raysed.cluster.stream.STARVED_SECONDS = 2.0
+        more = {"name": "test", "keys": (3, 5), "limits": LIMITS, "chunk": 20, "reader_cpus": 1000}
+        source = Stream(Store.open(small_store), list(enumerate(ids)), **more)
+        rows = source.take(range(len(ids)))
+        source.close()
+        return rows, source.starved
+
     store = Store.open(small_store)
     ids = store.split("train")["tile_id"].to_pylist()[:60]
-    source = stream(store, list(enumerate(ids)), 20, reader_cpus=1000)
-    rows = source.take(range(60))
-    source.close()
-    assert source.starved
+    rows, told = ray.get(ray.remote(num_cpus=0, max_calls=1)(starved).remote(ids), timeout=60)
+    assert told
     assert all((r.image == expected(store, r.tile_id)[0]).all() for r in rows)
     assert [r.tile_id for r in rows] == ids
     alone = stream(store, list(enumerate(ids)), 20, reader_cpus=1000, alone=True)
