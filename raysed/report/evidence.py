@@ -204,7 +204,7 @@ def tables(asked: Sequence[Judged], rows: Sequence[Row], split: str) -> str:
         f"# Evidence on {data['name']}, {split} half\n\n{data['train']} training and {data['val']} validation tiles of {data['tile_size']} px, "
         f"{len(first.facts['sources']['names'])} validation images, hash {data['hash'][:12]}.  {first.facts['config']['model']['arch']}, "
         f"{f'pretrained weights {weights}' if weights else 'from scratch'}.  Commit {commits}.  "
-        f"{'; '.join(machines(arms))}; in {first.facts['precision']}.  The best passive arm is {best}.\n\n{commands}\n\n{NOTE}\n"
+        f"{'; '.join(machines(arms))}; in {', '.join(dict.fromkeys(r.facts['precision'] for r in runs))}.  The best passive arm is {best}.\n\n{commands}\n\n{NOTE}\n"
     )
     if len(machines(arms)) > 1:
         head += "\nSeconds are not compared: the runs were made on several kinds of machines.\n"

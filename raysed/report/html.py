@@ -139,6 +139,8 @@ def _environment(summary: dict[str, Any]) -> dict[str, Any]:
     if "hardware" not in summary:
         return {}
     own = {"command": summary["command"], "commit": ", then ".join(summary["commits"])}
+    if len(summary["machines"]) > 1:
+        own["machines"] = ", then ".join(summary["machines"])
     return {**own, **summary["hardware"], **summary["versions"]}
 
 

@@ -43,7 +43,8 @@ def _markdown(summary: dict[str, Any]) -> str:
     facts = {
         "Command": f"`{summary['command']}`",
         "Commit": ", then ".join(summary["commits"]),
-        "Hardware": ", ".join(f"{k} {v}" for k, v in summary["hardware"].items()),
+        "Hardware": ", then ".join(summary["machines"]),
+        "Precision": summary["hardware"]["precision"],
         "Seeds": f"one ({summary['config']['seed']})",
         "Seconds": ", ".join(f"{name} {arm['seconds_total']:.0f}" for name, arm in summary["arms"].items()),
     }

@@ -20,6 +20,7 @@ from raysed.io.ledger import MAY_CHANGE, Ledger, Manifest, config_hash, folder, 
 from raysed.io.storage import Storage, digest
 from raysed.io.store import Store
 from raysed.report.robustness import network_facts, robustness
+from raysed.report.summary import machine_of
 
 FORMAT = 1
 _KEPT = ("strategy", "tiles", "labelled", "estimated", "quarantined", "train", "val", "scores", "seconds")
@@ -99,14 +100,6 @@ class RunFile:
 def file_of(name: str, seed: int) -> str:
     """Name of a run's directory and, with an ending, of its result file."""
     return f"{name}-seed{seed}.jsonl"
-
-
-def machine_of(record: Mapping[str, Any]) -> str:
-    """What a cycle was made on, by a manifest's record or the facts of a run; not the precision, which is the network's."""
-    env = record["environment"]
-    gpu = f", {env['gpu']}" if env.get("gpu") else ""
-    use = f"{record['workers']} workers on {record['device']}, {record['threads']} threads"
-    return f"{env['cores']} cores of {env['cpu']}{gpu}: {use}"
 
 
 def check_alike(runs: Sequence[RunFile], own: Mapping[str, Collection[str]], where: str) -> None:

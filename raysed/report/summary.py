@@ -1,6 +1,7 @@
 """`summary.json` and the table printed at the end of a run: derived from the manifests alone."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,8 @@ def arms_of(run: Storage) -> dict[str, tuple[Ledger, list[Manifest]]]:
 def summarise(run: Storage) -> dict[str, Any]:
     """What a run has done, as plain numbers; cycles count from 0, as in the manifests.
 
-    arms: by strategy, see `_arm`.  ratios: seconds, active over passive.  commits: all that the run was continued under.
+    arms: by strategy, see `_arm`.  ratios: seconds, active over passive.  hardware, versions: of the last cycle.  commits, machines
+    (see `machine_of`): all that the run was continued under and on.
 
     Raises:
         UsageError: no run here.
@@ -84,6 +86,7 @@ def summarise(run: Storage) -> dict[str, Any]:
         summary |= {k: environment[k] for k in ENVIRONMENT}
         known = {**record, **environment}
         summary["commits"] = list(dict.fromkeys(m.record["environment"]["commit"] for m in manifests))
+        summary["machines"] = list(dict.fromkeys(machine_of(m.record) for c in committed.values() for m in c))
         summary["hardware"] = {k: known[k] for k in HARDWARE if known.get(k) is not None}
         summary["versions"] = {k: v for k, v in environment.items() if k not in (*ENVIRONMENT, *HARDWARE)}
     return summary
@@ -190,3 +193,11 @@ def _numbers(label: str, values: list[float | None], digits: int = 4) -> str:
         if a is not None and b is not None and len(values) == 2
         else "",
     )
+
+
+def machine_of(record: Mapping[str, Any]) -> str:
+    """What a cycle was made on, by a manifest's record or the facts of a run; not the precision, which is the network's."""
+    env = record["environment"]
+    gpu = f", {env['gpu']}" if env.get("gpu") else ""
+    use = f"{record['workers']} workers on {record['device']}, {record['threads']} threads"
+    return f"{env['cores']} cores of {env['cpu']}{gpu}: {use}"

@@ -90,12 +90,14 @@ def test_ratios_compare_only_cycles_that_both_arms_have(run_copy):
     assert ratios["active/passive seconds a cycle"] == pytest.approx(5.5 / 2.5)
 
 
-def test_a_run_continued_under_another_commit_says_so(run_copy):
+def test_a_run_continued_under_another_commit_or_on_other_machines_says_so(run_copy):
     path = run_copy / "cycle_0000" / "manifest.json"
-    path.write_text(path.read_text().replace("abc123", "older0"))
+    path.write_text(path.read_text().replace("abc123", "older0").replace('"workers": 1', '"workers": 2'))
     summary = summarise(Storage(str(run_copy)))
     assert summary["commits"] == ["older0", "abc123"]
     assert summary["commit"] == "abc123"
+    machines = ["2 cores of c: 1 workers on cpu, 1 threads", "2 cores of c: 2 workers on cpu, 1 threads"]
+    assert sorted(summary["machines"]) == machines
     json.dumps(summary, allow_nan=False)
 
 
