@@ -39,6 +39,8 @@ def compare(doc: str | None, argv: Sequence[str]) -> int:
             "--init is for jobs/train.py and jobs/active.py: the runs of a comparison have networks of their own"
         )
     names, seeds = _names(args.only), seeds_of(args.seeds)
+    if args.tiles_per_second is not None and len({COMPARED[n].fields["model.arch"] for n in names}) > 1:
+        raise UsageError("--tiles-per-second holds for one architecture: choose its runs with --only")
     base, preset = cli.parse_experiment(args, Experiment())
     if base.model.init is not None:
         raise UsageError(
@@ -75,12 +77,20 @@ def run_all(
     Returns:
         0; the exit code of a run that diverged; or that of the signal which ended the series.
     """
-    left, ended_with = [], 0
+    left, unmeasured, ended_with = [], [], 0
     for name, experiment in runs:
         label = runfile.file_of(name, experiment.seed)
-        found = known(results, label, Storage(str(experiment.run)), store)
-        if found and found.is_finished(experiment, last="sources" if evidence else "robustness"):
-            say(f"{label}: finished")
+        run = Storage(str(experiment.run))
+        found = known(results, label, run, store)
+        if found and found.is_finished(experiment):
+            missing = not evidence and "robustness" not in found.facts
+            here = missing and run.exists("config.json")
+            lost = (
+                ", but never measured under noise, and its directory is gone" if missing and not here else ""
+            )
+            say(f"{label}: finished{lost}")
+            if here and not args.dry_run:
+                unmeasured.append((name, experiment))
         elif found and found.ended_diverged:
             say(
                 f"{label}: diverged in cycle {found.facts['diverged']['cycle'] + 1}, not tried again while its file is there"
@@ -92,23 +102,20 @@ def run_all(
         else:
             left.append((name, experiment))
 
-    over: list[int] = []
-
-    def collected(number: int, *, measured: bool) -> None:
-        name, experiment = left[number]
+    def collected(name: str, experiment: Experiment, *, measured: bool) -> None:
         run = Storage(str(experiment.run))
         found = runfile.collect(run, name, experiment.seed, store, evidence=evidence, measured=measured)
         results.write(found.path, found.to_bytes())
 
     def ended(number: int) -> None:
-        over.append(number)
-        collected(number, measured=False)
+        unmeasured.append(left[number])
+        collected(*left[number], measured=False)
 
     named = [(f"{name}, seed {experiment.seed}", experiment) for name, experiment in left]
     code = carry_out_all(named, say=say, ended=ended, hold=os.environ.get("RAYSED_HOLD")) if left else 0
     if not evidence and code not in EXIT_INTERRUPTED.values():
-        for number in over:  # now that no other run takes from the time of its forward passes
-            collected(number, measured=True)
+        for name, experiment in unmeasured:  # now that no other run takes from the time of its forward passes
+            collected(name, experiment, measured=True)
     return code or ended_with
 
 
@@ -167,7 +174,9 @@ def collect_all(root: Storage) -> Storage:
         experiment, dataset_hash = ledger.config()
         if results.exists(f"{head}.jsonl"):
             before = runfile.read(results, f"{head}.jsonl")
-            if len(before.cycles) == len(ledger.manifests()) and before.is_finished(experiment):
+            if len(before.cycles) == len(ledger.manifests()) and (
+                before.is_finished(experiment) and "robustness" in before.facts
+            ):
                 continue
         seed = int(head.rpartition("seed")[2])
         record = runfile.collect(

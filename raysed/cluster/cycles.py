@@ -46,6 +46,7 @@ from raysed.core.statistics import LAST
 from raysed.core.step import (
     Learner,
     MicroBatch,
+    Precision,
     Totals,
     common_precision,
     learning_rate,
@@ -274,14 +275,24 @@ class Worker:
             alpha=class_weights(pixels_of(self.pool, len(dataset.classes)), exp.loss.alpha_power),
             gamma=exp.loss.gamma,
             batch=exp.optim.batch,
-            precision=common_precision(
-                self._everyone(resolve_precision(exp.optim.precision, self.device, net))
-            ),
+            precision=self._precision(net),
             ordered_sums=exp.optim.ordered_sums,
             weight_decay=exp.optim.weight_decay,
             clip=exp.optim.clip,
             ema=exp.optim.ema,
         )
+
+    def _precision(self, net: networks.Network) -> Precision:
+        """What all ranks compute in; a run that is continued on devices of its kind stays with its own."""
+        first: Manifest | None = self._first(self.ledger.first)
+        alike = first and torch.device(first.record["device"]).type == self.device.type
+        begun = first.record["precision"] if first and alike else None
+        found = common_precision(
+            self._everyone(resolve_precision(self.exp.optim.precision, self.device, net, begun))
+        )
+        if first and first.record["precision"] != found and self.rank == 0:
+            self._say(f"computes in {found}, begun in {first.record['precision']}")
+        return found
 
     def _first(self, action: Any) -> Any:
         """The result of an action that rank 0 takes, on every rank."""

@@ -16,6 +16,7 @@ from raysed.cluster.launch import arms_of, store_of, uses_scorers
 from raysed.cluster.nodes import offers
 from raysed.cluster.preflight import check_data, check_run_paths
 from raysed.cluster.room import candidates, check_sum, placed, scorer_count
+from raysed.cluster.scorekeeping import scored_side
 from raysed.config import ClusterConfig, Experiment
 from raysed.core import memory, networks
 from raysed.core.acquisition import strategy_of
@@ -54,12 +55,12 @@ def dry_run(
     scorers = scorer_count(experiment.cluster, device) if scoring else 0
     if not autoscaling():
         check_sum(experiment.cluster, device, scorers)
-    _say_where(experiment, store, device, scorers, say)
+    multiple = _say_where(experiment, store, device, scorers, say)
     work, past = [], []
     for name, arm in arms:
         manifests = Ledger(Storage(str(arm.run))).manifests()
         past += manifests[-5:]
-        work.append(_work(arm, store, len(manifests)))
+        work.append(_work(arm, store, len(manifests), multiple))
         _say_work(name, arm, store, work[-1], say)
     speed = _speed(experiment, store, device, tiles_per_second, past)
     seconds = sum(w.seconds(speed) for w in work)
@@ -91,7 +92,8 @@ def _device(cluster: ClusterConfig, say: Callable[[str], None]) -> str:
 
 def _say_where(
     experiment: Experiment, store: Store, device: str, scorers: int, say: Callable[[str], None]
-) -> None:
+) -> int:
+    """Three lines; what the network's input must be a multiple of."""
     cluster, dataset = experiment.cluster, store.dataset
     have = ray.cluster_resources()
     nodes = sum(n["Alive"] for n in ray.nodes())
@@ -108,34 +110,40 @@ def _say_where(
         f"network  {experiment.model.arch}, {parameters / 1e6:.1f} million parameters, about {need / 2**30:.1f} GiB of GPU "
         f"memory a worker (estimate) at micro-batch {experiment.optim.micro_batch}"
     )
+    return net.multiple
 
 
-def _work(arm: Experiment, store: Store, committed: int) -> Work:
+def _work(arm: Experiment, store: Store, committed: int, multiple: int) -> Work:
+    side = store.dataset.tile_size
     pool = len(training_rows(store.index, arm.data.held_out, unlabelled=arm.asks_people))
     return Work(
         cycles=max(0, arm.cycles - committed),
         train=arm.select.budget(pool),
-        score=_scored(arm, pool, committed),
+        score=_scored(
+            arm,
+            pool,
+            committed,
+            (scored_side(arm.select.side, arm.select.scores, side, multiple) / side) ** 2,
+        ),
         validate=len(validation_rows(store.index, arm.data.validation, arm.data.held_out)),
     )
 
 
-def _scored(arm: Experiment, pool: int, committed: int) -> float:
+def _scored(arm: Experiment, pool: int, committed: int, cost: float = 1.0) -> float:
     """Full-size forward passes of scorers a cycle, mean over the cycles that are left.
 
     Args:
         arm: one run.
         pool: its training tiles.
         committed: its cycles that are done.
+        cost: of a scorer's pass over a tile, in those at full size.
     """
     strategy = strategy_of(arm.select.strategy, arm.select.options)
     left = range(committed, arm.cycles)
     passes = 1.0 if "irreducible" in strategy.needs and 0 in left else 0.0
     if strategy.needs_scores:
-        mode, side = arm.select.scores, arm.select.side
-        cost = 0.25 if side == "half" or (side == "auto" and mode == "byproduct") else 1.0
         share = [
-            arm.select.refresh if mode == "byproduct" and cycle else 1.0
+            arm.select.refresh if arm.select.scores == "byproduct" and cycle else 1.0
             for cycle in left
             if arm.scores_before(cycle)
         ]

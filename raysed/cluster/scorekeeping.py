@@ -47,6 +47,20 @@ class Scored:
     """Hash of the weights they were scored with; None if no scorer worked."""
 
 
+def scored_side(wanted: str, mode: str, side: int, multiple: int) -> int:
+    """Side at which scorers look at tiles: half, where it is wanted and the network has two of its strides in it.
+
+    Args:
+        wanted: auto, full or half; auto is half where training gives most scores.
+        mode: where scores come from.
+        side: of a stored tile, pixels.
+        multiple: what the network's input must be a multiple of.
+    """
+    half = side // 2 // multiple * multiple
+    is_half = wanted == "half" or (wanted == "auto" and mode == "byproduct")
+    return half if is_half and half >= 2 * multiple else side
+
+
 class Scorekeeper:
     """The score table and what keeps it up to date.
 
@@ -81,10 +95,7 @@ class Scorekeeper:
         """Whether scorers give the network's deepest features too."""
         self.collects = bool(strategy.needs & COLLECTED) or self.mode == "byproduct"
         """Whether training has to record its visits."""
-        side = store.dataset.tile_size
-        half = side // 2 // multiple * multiple
-        wanted = select.side == "half" or (select.side == "auto" and self.mode == "byproduct")
-        self.side = half if wanted and half >= 2 * multiple else side
+        self.side = scored_side(select.side, self.mode, store.dataset.tile_size, multiple)
         self._taken = taken if self.mode == "overlapped" else {}
         self.classes = len(store.dataset.classes)
         self.reference = reference

@@ -30,20 +30,30 @@ _TRAINING, _AGE = "training/", "average/steps"
 """Names in the optimiser's state."""
 
 
-def resolve_precision(wanted: str, device: torch.device, net: nn.Module) -> Precision:
+def resolve_precision(
+    wanted: str, device: torch.device, net: nn.Module, begun: Precision | None = None
+) -> Precision:
     """`auto` as what the device computes this network fastest in: bf16 where it is native, else fp16 on GPUs and fp32 on CPUs.
 
     A CPU with bf16 vectors but no bf16 matrix units trains the classic U-Net 1.9 times as fast in bf16, and networks with grouped
     convolutions at 0.75 to 0.9 of fp32 (AMD Zen 4).  One with neither emulates bf16, measured 10 times slower than fp32.
+
+    Args:
+        wanted: auto, fp32, bf16 or fp16.
+        device: where it is computed.
+        net: what is computed.
+        begun: in what the run was begun on such a device; `auto` stays with it where the device has it.
     """
     if wanted != "auto":
         return wanted  # type: ignore[return-value]
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if torch.cpu._is_amx_tile_supported():
-        return "bf16"
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return begun if begun and (has_bf16 or begun != "bf16") else "bf16" if has_bf16 else "fp16"
+    matrix, vectors = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+    if begun == "fp32" or (begun == "bf16" and (matrix or vectors)):
+        return begun
     dense = all(m.groups == 1 for m in net.modules() if isinstance(m, nn.Conv2d))
-    return "bf16" if dense and torch.cpu._is_avx512_bf16_supported() else "fp32"
+    return "bf16" if matrix or (dense and vectors) else "fp32"
 
 
 def common_precision(precisions: Sequence[Precision]) -> Precision:

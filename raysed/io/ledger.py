@@ -151,6 +151,10 @@ class Ledger:
             found.append(self._manifest(len(found)))
         return found
 
+    def first(self) -> Manifest | None:
+        """Cycle 0, if it is committed."""
+        return self._manifest(0) if self.storage.exists(f"{folder(0)}/manifest.json") else None
+
     def _manifest(self, cycle: int) -> Manifest:
         path = f"{folder(cycle)}/manifest.json"
         try:

@@ -65,12 +65,11 @@ class RunFile:
         """Of raysed, that its cycles were made with."""
         return self.facts.get("commits") or [str(self.facts["environment"]["commit"])]
 
-    def is_finished(self, experiment: Experiment, last: str = "robustness") -> bool:
+    def is_finished(self, experiment: Experiment) -> bool:
         """Whether this is all of that experiment.
 
         Args:
             experiment: the run as it is wanted now.
-            last: the fact that is only known of a finished run.
 
         Raises:
             UsageError: it is of another configuration, with the difference.
@@ -85,7 +84,7 @@ class RunFile:
             raise UsageError(
                 f"{self.path} holds a run of another configuration ({'; '.join(differs)}): choose another --run and --results"
             )
-        return len(self.cycles) >= experiment.cycles and last in self.facts
+        return len(self.cycles) >= experiment.cycles
 
     def to_bytes(self) -> bytes:
         """The file."""

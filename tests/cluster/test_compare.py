@@ -46,6 +46,7 @@ def test_a_killed_comparison_continues_and_repeats_nothing(small_store, tmp_path
     [
         (["--only", "b1"], "--only takes unet-plain, unet, b0, b4, b0-active, got 'b1'"),
         (["--seeds", "x"], "--seeds must be whole numbers"),
+        (["--dry-run", "--tiles-per-second", "9"], "--tiles-per-second holds for one architecture"),
         (["--arch", "unet"], "model.arch is what the runs differ in"),
     ],
 )

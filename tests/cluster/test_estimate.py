@@ -101,7 +101,7 @@ def test_bytes_are_those_of_distinct_tiles_whole(scores, small_store):
         cycles=10, data=DataConfig(uri=small_store), select=SelectConfig(strategy="entropy", tiles=20)
     )
     exp = replace(exp, select=replace(exp.select, scores=scores))
-    work = estimate._work(exp, store, 0)
+    work = estimate._work(exp, store, 0, 16)
     estimate._say_work("entropy", exp, store, work, said.append)
     columns = [store.index[f"{kind}_length"].to_pylist() for kind in ("image", "label")]
     tile = sum(sum(c) for c in columns) / store.index.num_rows

@@ -22,6 +22,7 @@ from raysed.cluster.cycles import STOP_SECONDS, Worker
 from raysed.cluster.estimate import _scored, dry_run
 from raysed.cluster.launch import store_of
 from raysed.cluster.preflight import check_data
+from raysed.cluster.scorekeeping import scored_side
 from raysed.cluster.scoring import BATCH, Network, Scorer, ScorerPool, score_pool
 from raysed.cluster.stream import Stream
 from raysed.cluster.telemetry import GAUGES, RESTARTS, Monitor
@@ -333,24 +334,26 @@ def test_the_grafana_dashboard_shows_every_gauge():
 
 
 @pytest.mark.parametrize(
-    ("select", "pool", "wanted"),
+    ("select", "pool", "side", "wanted"),
     [
-        (SelectConfig(strategy="uniform"), {}, 0),
-        (SelectConfig(strategy="entropy"), {}, 100),
-        (SelectConfig(strategy="entropy", scores="overlapped", side="half"), {}, 25),
-        (SelectConfig(strategy="entropy", scores="byproduct"), {}, 0.25 * (100 + 9 * 10) / 10),
-        (SelectConfig(strategy="reducible-loss", reference="run"), {}, 10),
+        (SelectConfig(strategy="uniform"), {}, 128, 0),
+        (SelectConfig(strategy="entropy"), {}, 128, 100),
+        (SelectConfig(strategy="entropy", scores="overlapped", side="half"), {}, 128, 25),
+        (SelectConfig(strategy="entropy", scores="byproduct"), {}, 128, 0.25 * (100 + 9 * 10) / 10),
+        (SelectConfig(strategy="entropy", scores="byproduct"), {}, 64, 19),  # half of it is too small
+        (SelectConfig(strategy="reducible-loss", reference="run"), {}, 128, 10),
         (
             SelectConfig(strategy="entropy", protocol="pool"),
             {"cycles": 5},
+            128,
             10,
         ),  # a round by chance, and one by scores
     ],
 )
-def test_a_dry_run_counts_the_passes_that_a_run_makes(select, pool, wanted):
-    assert _scored(Experiment(cycles=10, select=select, pool=PoolConfig(**pool)), 100, 0) == pytest.approx(
-        wanted
-    )
+def test_a_dry_run_counts_the_passes_that_a_run_makes(select, pool, side, wanted):
+    cost = (scored_side(select.side, select.scores, side, 32) / side) ** 2
+    found = _scored(Experiment(cycles=10, select=select, pool=PoolConfig(**pool)), 100, 0, cost)
+    assert found == pytest.approx(wanted)
 
 
 def test_a_group_that_makes_room_for_a_larger_one_has_not_failed():

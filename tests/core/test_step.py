@@ -348,6 +348,10 @@ def test_auto_is_the_precision_in_which_this_cpu_is_fastest(monkeypatch, matrice
     assert resolve_precision("auto", cpu, conv) == dense
     assert resolve_precision("auto", cpu, depthwise) == grouped
     assert resolve_precision("fp32", cpu, conv) == "fp32"
+    for net in (conv, depthwise):
+        assert resolve_precision("auto", cpu, net, "fp32") == "fp32"
+        assert resolve_precision("auto", cpu, net, "bf16") == ("bf16" if vectors else "fp32")
+        assert resolve_precision("bf16", cpu, net, "fp32") == "bf16"
 
 
 def test_ranks_of_several_kinds_of_devices_compute_in_one_precision():

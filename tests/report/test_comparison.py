@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from tiny_run import ARCH, CYCLES, NAMES, write_arm, write_store
 
+from raysed.compare import run_all
 from raysed.config import DataConfig, Experiment, ModelConfig, SelectConfig
 from raysed.core.metrics import class_iou
 from raysed.errors import DataError, UsageError
@@ -140,6 +142,30 @@ def test_a_result_file_says_whether_its_run_is_finished(reported, tiny_store):
     assert not replace(file, cycles=file.cycles[:-1]).is_finished(own)
     with pytest.raises(UsageError, match="cycles: 3 there, 9 now"):
         file.is_finished(replace(own, cycles=9))
+
+
+def test_a_finished_run_that_was_never_measured_is_measured_and_not_trained_again(
+    compared, reported, tiny_store, tmp_path, capsys
+):
+    """Whatever ended the series before its last step; with its directory gone it stays as it is."""
+    results, root = (
+        Storage(str(tmp_path / "kept")),
+        Storage(str(shutil.copytree(compared, tmp_path / "runs"))),
+    )
+    file = runfile.read(Storage(str(reported)), "b0-seed1.jsonl")
+    del file.facts["robustness"], file.facts["network"]
+    results.write(file.path, file.to_bytes())
+    own = Experiment(seed=1, cycles=CYCLES, model=ModelConfig(arch=ARCH), select=SelectConfig(tiles=6))
+    runs = [("b0", replace(own, run=root.at("b0-seed1").uri))]
+    asked = Namespace(dry_run=False, tiles_per_second=None, price=None)
+    assert run_all(runs, asked, results, Store.open(tiny_store)) == 0
+    assert "robustness" in runfile.read(results, file.path).facts
+    results.write(file.path, file.to_bytes())
+    shutil.rmtree(tmp_path / "runs")
+    assert run_all(runs, asked, results, Store.open(tiny_store)) == 0
+    assert "never measured under noise, and its directory is gone" in capsys.readouterr().out
+    assert results.read(file.path) == file.to_bytes()
+    assert not (tmp_path / "runs").exists()
 
 
 def test_unfinished_and_diverged_runs_are_named_and_not_averaged(reported, report_job, tmp_path):
