@@ -11,10 +11,10 @@ from raysed.errors import UsageError
 from raysed.io.ledger import Ledger
 from raysed.io.storage import Storage
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_head")]
 
-
+@pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_head")
 @pytest.mark.timeout(600)
 def test_a_killed_comparison_continues_and_repeats_nothing(small_store, tmp_path):
     root, kept = tmp_path / "runs", tmp_path / "kept"
