@@ -154,7 +154,7 @@ class SelectConfig:
     what training leaves behind: infobatch, top-loss, reducible-loss, defensive, defensive-reducible."""
     options: str = ""
     """Numbers of the strategy that differ from its defaults, with plus signs between, such as mixture=0.3+tail=1: of defensive,
-    defensive-entropy and defensive-reducible mixture, first_mixture, last_mixture, warm_up, tail, cap, gap_power, weight_power; of clasp-pe
+    defensive-entropy and defensive-reducible mixture, first_mixture, last_mixture, warm_up, tail, cap, stratified, gap_power, weight_power; of clasp-pe
     first, last, stratified; of power-entropy beta; of class-gap power; of class-random temperature, share; of infobatch pruned, tail."""
     protocol: Literal["reselect", "pool"] = "reselect"
     """reselect: all labels are there, every cycle selects anew (the paper's).  pool: labels are bought round by round, see pool.*."""

@@ -42,7 +42,7 @@ BETWEEN = {
     "mixture": "[0, 1)",
     "first_mixture": "[0, 1)",
     "last_mixture": "[0, 1)",
-    "warm_up": "[0, 1]",
+    "warm_up": "[0, inf)",
     "tail": "[0, 1]",
     "cap": "(0, 1]",
     "gap_power": "[0, 10]",

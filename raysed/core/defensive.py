@@ -15,8 +15,9 @@ MIXTURE = 0.5
 FIRST_MIXTURE, LAST_MIXTURE = 0.3, 0.9
 """The same of the first and of the last purchase, where labels are bought: no tile is bought twice, so scores, which grow better,
 may have more and more of the say."""
-WARM_UP = 0.05
-"""Progress until which scores are not trusted: 5 cycles of 100, one round of the pool at a fifth a cycle."""
+WARM_UP = 1.0
+"""Rounds of the pool until which scores are not trusted: what a network first finds hard is mostly what it saw early, and a tile that
+it has not seen has no loss."""
 CAP = 0.95
 """Quantile of a class's positive scores above which a tile counts as ambiguous, not harder."""
 
@@ -30,6 +31,7 @@ def defensive(
     tail: float = TAIL,
     cap: float = CAP,
     gap_power: float = 0.0,
+    stratified: float = 1.0,
     weight_power: float = 0.0,
     first_mixture: float = FIRST_MIXTURE,
     last_mixture: float = LAST_MIXTURE,
@@ -39,11 +41,13 @@ def defensive(
     Idea: a floor under every tile's chance prevents starvation and forgetting; a limit on the score and draws instead of a
     ranking prevent ambiguous tiles and near copies from filling the cycle; scores relative to their class give each class the
     same say.
-    Formula, with k tiles a cycle, m = k - floor(lambda k), lambda = `mixture` between warm-up and tail, else 0:
+    Formula, with k tiles a cycle, m = k - floor(lambda k), lambda = `mixture` after the first `warm_up` rounds of the pool and
+    before the tail, else 0:
     m tiles come from the epoch queue.  The others are a systematic sample over the rest of the pool, sorted by region, source
     and dominant class, with inclusion probabilities proportional to h_i = sum over c of w_c S_ic / (sum over j of S_jc).
     S_ic is the column, less irreducible_i times the tile's share of c where `reducible`, at least 0, at most the `cap` quantile
-    of the class's positive values; the mean of the class where the tile has no score; w_c = (1 - IoU_c)^gap_power, mean 1.
+    of the class's positive values; the mean of the class where the tile has no score; w_c = (1 - IoU_c)^gap_power, mean 1.  The share
+    1 - `stratified` of h comes from the sums over the classes in place of S, so that classes count by what they get wrong in all.
     Weights are ((k / N) / pi_i)^weight_power with mean 1, pi_i = m / N + (1 - m / N) p_i the chance of a tile that stands
     anywhere in the queue, p_i its inclusion probability in a sample of k - m of the whole pool: before scaling at most
     1 / (1 - lambda).
@@ -52,17 +56,18 @@ def defensive(
     Protocol: re-selection; with mass, which needs no labels but for the dominant class, also pool-based.  There lambda goes from
     `first_mixture` to `last_mixture` with the purchases, warm-up and tail do not exist (the start is by chance anyway), and the m
     tiles are drawn uniformly, every region its share, in place of the queue.
-    Options: all numbers below.  Ablations: mixture=0 is the epoch queue, tail=1, warm_up=0, cap=1, gap_power=1 (where the loss does
-    not weigh classes), weight_power=0.5.
+    Options: all numbers below.  Ablations: mixture=0 is the epoch queue, tail=1, warm_up=0, cap=1, stratified=0, gap_power=1 (where
+    the loss does not weigh classes), weight_power=0.5.
 
     Args:
         column: class_loss or mass, (N, C): per-class sums whose total is the tile's mean loss or entropy.
         reducible: subtract the column irreducible, a loss per pixel.
         mixture: lambda in re-selection, 0 <= lambda < 1.
-        warm_up: progress before which lambda is 0.
+        warm_up: rounds of the pool before which lambda is 0.
         tail: progress from which lambda is 0; 1 is never.
         cap: quantile, 1 is no limit.
         gap_power: 0 gives all classes the same weight, right where the loss weighs classes already.
+        stratified: 1 is difficulty by class, 0 by tile.
         weight_power: 0 is no weights, 1 undoes the preference in expectation.
         first_mixture: lambda of the first purchase.
         last_mixture: lambda of the last.
@@ -78,7 +83,8 @@ def defensive(
             floor = draws.stratified(pool.codes("region"), budget - hard, rng)
             reasons = ["region's share"] * len(floor)
         else:
-            hard = int(mixture * budget) if warm_up <= progress and before(tail, progress) else 0
+            warm = before(tail, progress) and draws.rounds(pool.ids, state.get("queue")) >= warm_up
+            hard = int(mixture * budget) if warm else 0
             floor, queue = draws.from_queue(pool.ids, state.get("queue"), budget - hard, rng)
             reasons, kept = [f"queue, epoch {queue['epoch']}"] * len(floor), {"queue": queue}
         if not hard:
@@ -87,6 +93,9 @@ def defensive(
         if reducible:
             values = np.maximum(values - pool.score("irreducible")[:, None] * pool.class_shares, 0)
         h = difficulty(values, gap_weights(state, values.shape[1], gap_power), cap)
+        if stratified < 1:
+            by_tile = difficulty(values.sum(1, keepdims=True), np.ones(1), cap)
+            h = stratified * h / h.sum() + (1 - stratified) * by_tile / by_tile.sum()
         rest = np.ones(len(pool), bool)
         rest[floor] = False
         order = np.lexsort((pool.class_shares.argmax(1), pool.codes("source"), pool.codes("region")))

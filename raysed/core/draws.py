@@ -149,6 +149,19 @@ def from_queue(
     return taken, {**queue, "last": str(ids[taken[-1]])}
 
 
+def rounds(ids: np.ndarray, queue: dict[str, Any] | None) -> float:
+    """How often a queue has gone round the pool.  O(N).
+
+    Args:
+        ids: (N,) str, sorted.
+        queue: as `from_queue` returned it; None has not begun.
+    """
+    if queue is None or queue["last"] is None:
+        return 0.0 if queue is None else float(queue["epoch"])
+    places, last = _places(ids, queue["key"]), _places(np.array([queue["last"]], object), queue["key"])[0]
+    return queue["epoch"] + float(np.mean((places < last) | ((places == last) & (ids <= queue["last"]))))
+
+
 def _new_key(rng: np.random.Generator) -> str:
     return f"{rng.integers(2**63):016x}"
 

@@ -20,6 +20,13 @@ from raysed.errors import UsageError
 N, C = 60, 4
 VISITED = ("loss", "class_loss", "irreducible")
 HALF = {"progress": 0.5, "class_iou": [0.9, 0.2, None, 0.5]}
+SECOND = {**HALF, "queue": {"epoch": 1, "key": "0" * 16, "last": None}}
+"""The second round of the pool has begun."""
+
+
+def second(key: int) -> dict:
+    """The same, with tiles in another order."""
+    return {**SECOND, "queue": {**SECOND["queue"], "key": f"{key:016x}"}}
 
 
 def lists(rows) -> pa.Array:
@@ -61,7 +68,7 @@ def shuffled(table: pa.Table, seed: int) -> pa.Table:
     return table.take(np.random.default_rng(seed).permutation(len(table)))
 
 
-def select(name, scores, index, budget, key="x", *, state=HALF):
+def select(name, scores, index, budget, key="x", *, state=SECOND):
     return STRATEGIES[name].select(scores, index, state, budget, keyed_rng(key))
 
 
@@ -70,7 +77,7 @@ def select(name, scores, index, budget, key="x", *, state=HALF):
 def test_a_selection_is_the_budget_in_tiles_of_the_index_each_once(name, budget, progress):
     scores, index = world()
     more = pa.concat_tables([scores, scores.slice(0, 1).set_column(0, "tile_id", pa.array(["gone"]))])
-    chosen = select(name, more, index, budget, state={**HALF, "progress": progress})
+    chosen = select(name, more, index, budget, state={**SECOND, "progress": progress})
     assert len(chosen.tile_ids) == len(set(chosen.tile_ids)) == budget
     assert set(chosen.tile_ids) <= set(index["tile_id"].to_pylist())
     assert len(chosen.weights) == len(chosen.reasons) == budget
@@ -103,7 +110,7 @@ def test_a_strategy_reads_no_column_that_it_does_not_name(name):
     scores, index = world()
     strategy = STRATEGIES[name]
     own = scores.select(["tile_id", *sorted(strategy.needs)]) if strategy.needs else None
-    assert strategy.select(own, index, HALF, 13, keyed_rng("x")) == select(name, scores, index, 13)
+    assert strategy.select(own, index, SECOND, 13, keyed_rng("x")) == select(name, scores, index, 13)
     assert strategy.missing(own) == []
     assert strategy.missing(scores.select(["tile_id"])) == sorted(strategy.needs)
     assert strategy.needs_scores == bool(strategy.needs - set(VISITED))
@@ -327,16 +334,35 @@ def test_every_class_has_the_same_say_and_one_bad_tile_has_a_limit():
 
 
 @pytest.mark.parametrize(
-    ("progress", "hard"), [(0.0, 0), (0.049, 0), (0.05, 10), (0.8, 10), (0.875, 0), (1.0, 0)]
+    ("served", "progress", "hard"),
+    [(0, 0.0, 0), (59, 0.5, 0), (60, 0.5, 10), (75, 0.1, 10), (75, 0.8, 10), (75, 0.875, 0), (75, 1.0, 0)],
 )
-def test_defensive_is_half_queue_half_hard_between_warm_up_and_tail(progress, hard):
+def test_defensive_is_half_queue_half_hard_between_the_first_round_and_the_tail(served, progress, hard):
     scores, index = world()
-    chosen = defensive()(scores, index, {"progress": progress}, 21, keyed_rng("x"))
-    queue = epoch_queue(None, index, {}, 21 - hard, keyed_rng("x"))
+    state = {"progress": progress}
+    for tiles in (min(served, N), served - N):
+        if tiles > 0:
+            state |= epoch_queue(None, index, state, tiles, keyed_rng("before")).state
+    chosen = defensive()(scores, index, state, 21, keyed_rng("x"))
+    queue = epoch_queue(None, index, state, 21 - hard, keyed_rng("x"))
     assert chosen.tile_ids[: 21 - hard] == queue.tile_ids
     assert chosen.state == queue.state
     assert [r.startswith("difficulty") for r in chosen.reasons] == [False] * (21 - hard) + [True] * hard
     assert chosen.weights == [1.0] * 21
+
+
+def test_without_strata_defensive_draws_by_the_loss_of_whole_tiles():
+    scores, index = world(unvisited=0)
+    values = np.array(scores["class_loss"].to_pylist()) * [40, 1, 1, 1]  # one class has most of the loss
+    scores = scores.set_column(scores.column_names.index("class_loss"), "class_loss", lists(values))
+    picks = {0.0: np.zeros(N), 1.0: np.zeros(N)}
+    for stratified, found in picks.items():
+        for key in range(150):
+            chosen = defensive(stratified=stratified)(scores, index, second(key), 12, keyed_rng(key))
+            found[[int(t[1:]) for t in chosen.tile_ids[6:]]] += 1
+    by_tile = [np.corrcoef(found, values.sum(1))[0, 1] for found in picks.values()]
+    assert by_tile[0] > 0.8
+    assert by_tile[0] > by_tile[1] + 0.2
 
 
 @pytest.mark.parametrize(("progress", "hard"), [(0.0, 6), (0.5, 12), (1.0, 18)])
@@ -358,7 +384,7 @@ def test_a_tail_of_one_never_begins():
         for made in (infobatch(tail=1.0), infobatch())
     ]
     assert kinds == [{"easy", "hard"}, {"hard"}]
-    last = defensive(tail=1.0)(scores, index, {"progress": 1.0}, 20, keyed_rng("x"))
+    last = defensive(tail=1.0)(scores, index, {**SECOND, "progress": 1.0}, 20, keyed_rng("x"))
     assert sum(r.startswith("difficulty") for r in last.reasons) == 10
 
 
@@ -366,7 +392,7 @@ def test_defensive_visits_every_tile_whatever_the_scores():
     scores, index = world()
     state, seen = {}, set()
     for cycle in range(math.ceil(N / 7)):
-        chosen = select("defensive", scores, index, 13, cycle, state={**state, **HALF})
+        chosen = select("defensive", scores, index, 13, cycle, state={**SECOND, **state})
         state = chosen.state
         seen |= set(chosen.tile_ids[:7])
     assert len(seen) == N
@@ -378,7 +404,7 @@ def test_defensive_draws_by_difficulty():
     scores = scores.set_column(scores.column_names.index("class_loss"), "class_loss", lists(values))
     picks = np.zeros(N)
     for key in range(150):
-        chosen = defensive()(scores, index, HALF, 12, keyed_rng(key))
+        chosen = defensive()(scores, index, second(key), 12, keyed_rng(key))
         picks[[int(t[1:]) for t in chosen.tile_ids[6:]]] += 1
     h = difficulty(values, np.ones(C), 0.95)
     assert np.corrcoef(picks, h)[0, 1] > 0.8
@@ -387,7 +413,7 @@ def test_defensive_draws_by_difficulty():
 
 def test_defensive_weights_undo_the_preference_and_are_bounded():
     scores, index = world(unvisited=0)
-    chosen = defensive(weight_power=1.0)(scores, index, HALF, 12, keyed_rng("x"))
+    chosen = defensive(weight_power=1.0)(scores, index, SECOND, 12, keyed_rng("x"))
     h = difficulty(np.array(scores["class_loss"].to_pylist()), np.ones(C), 0.95)
     chance = {f"t{i:02d}": 6 / N + (1 - 6 / N) * 6 * h[i] / h.sum() for i in range(N)}
     raw = [12 / N / chance[t] for t in chosen.tile_ids]
@@ -428,7 +454,7 @@ TUNABLE = [n for n in STRATEGIES if options_of(n)]
 def test_options_at_their_defaults_change_nothing(name):
     scores, index = world()
     same = strategy_of(name, "+".join(f"{k}={v}" for k, v in options_of(name).items()))
-    for state in ({**HALF, "protocol": p} for p in ("reselect", "pool")):
+    for state in ({**SECOND, "protocol": p} for p in ("reselect", "pool")):
         chosen = same.select(scores, index, state, 13, keyed_rng("x"))
         assert chosen == select(name, scores, index, 13, state=state)
     assert strategy_of(name) is STRATEGIES[name]
@@ -442,7 +468,8 @@ def test_options_at_their_defaults_change_nothing(name):
         ("defensive-entropy", "cap=0.3"),
         ("defensive-reducible", "weight_power=1"),
         ("defensive", "gap_power=2"),
-        ("defensive", "warm_up=0.9"),
+        ("defensive", "warm_up=1.5"),
+        ("defensive", "stratified=0"),
         ("clasp-pe", "last=8"),
         ("clasp-pe", "stratified=0+first=2"),
         ("power-entropy", "beta=1000"),
@@ -454,7 +481,7 @@ def test_options_at_their_defaults_change_nothing(name):
 )
 def test_an_option_changes_what_is_chosen(name, options):
     scores, index = world()
-    chosen = strategy_of(name, options).select(scores, index, HALF, 29, keyed_rng("x"))
+    chosen = strategy_of(name, options).select(scores, index, SECOND, 29, keyed_rng("x"))
     assert chosen != select(name, scores, index, 29)
 
 
