@@ -197,6 +197,7 @@ def test_arms_of_two_protocols_stand_in_one_table(tmp_path):
     write_evidence(storage, KINDS, FILES, "dev", own=OWN)
     rows = {(r["arm"], r["metric"]): r for r in json.loads(storage.read("summary.json"))}
     assert rows["defensive", "aulc_labels"]["mean"] > 0
+    assert [rows[arm, "miou"]["protocol"] for arm in ("uniform", "defensive")] == ["reselect", "pool"]
     assert rows["defensive", "aulc_labels"]["minus_best_passive"] is None
     assert rows["defensive", "miou"]["minus_best_passive"] > 0
 
