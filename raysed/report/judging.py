@@ -203,7 +203,7 @@ def _row(arm: Judged, best: Judged, metric: str, values: Values, split: str) -> 
     known = list(own.values())
     data = best.runs[0].facts["data"]
     row: Row = {
-        "protocol": "pool" if (best if arm.kind == "ceiling" else arm).buys_labels else "reselect",
+        "protocol": "pool" if arm.buys_labels else "reselect",
         "data": f"{data['name']} {data['hash'][:12]}",
         "split": split,
         "arm": arm.name,
