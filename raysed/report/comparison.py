@@ -300,9 +300,9 @@ def tables(rows: list[Row], runs: Sequence[RunFile]) -> str:
             markdown(f"First cycle in which a class is found (IoU above {FIRST_CORRECT})", ["class", *names], first),
             markdown("Fluctuation of the IoU of a class from cycle to cycle", ["class", *names], moves),
             markdown("Selections; of classes and of what the synthetic world obscured, the share of the picks over that of the pool", ["run", "seen of the pool", "repeated from the cycle before", *classes, "ambiguous"], _picked(runs)),
-            markdown("Seconds", ["run", *phases, "a warm cycle", "paper, total"], seconds),
+            markdown(f"Seconds{_mixed(runs)}", ["run", *phases, "a warm cycle", "paper, total"], seconds),
             markdown("Ratios of a warm cycle's seconds", ["runs", "here", "paper"], ratios),
-            markdown(f"Networks; the paper gives neither number.  Forward pass: {_timed(runs)}", ["run", "parameters", "forward, ms"], nets),
+            markdown(f"Networks; the paper gives neither number.  Forward pass: {_timed(runs)}{_mixed(runs)}", ["run", "parameters", "forward, ms"], nets),
             markdown(f"Validation under disturbance, weights of the last cycle, {_tiles(runs)} tiles", ["run", *conditions], robust) if conditions else "",
         ]
     )  # fmt: skip
@@ -410,6 +410,11 @@ def _left_out(runs: Sequence[RunFile]) -> str:
 
 def _timed(runs: Sequence[RunFile]) -> str:
     return next((r.facts["network"]["forward_on"] for r in runs if "network" in r.facts), "not measured yet")
+
+
+def _mixed(runs: Sequence[RunFile]) -> str:
+    kinds = {m for r in runs for m in r.machines}
+    return f"; made on {len(kinds)} kinds of machines, so not to be compared" if len(kinds) > 1 else ""
 
 
 def _tiles(runs: Sequence[RunFile]) -> int:

@@ -144,6 +144,16 @@ def test_a_result_file_says_whether_its_run_is_finished(reported, tiny_store):
         file.is_finished(replace(own, cycles=9))
 
 
+def test_seconds_of_several_kinds_of_machines_are_said_to_be_that(reported, report_job, tmp_path):
+    kept = Path(shutil.copytree(reported, tmp_path / "kept"))
+    assert "kinds of machines" not in (kept / "tables.md").read_text()
+    lines = (kept / "b0-seed1.jsonl").read_text().splitlines()
+    other = json.loads(lines[0]) | {"machines": ["64 cores of another: 1 workers on cpu, 1 threads"]}
+    (kept / "b0-seed1.jsonl").write_text("\n".join([json.dumps(other), *lines[1:]]) + "\n")
+    assert report_job(["--compare", str(kept)]) == 0
+    assert "## Seconds; made on 2 kinds of machines" in (kept / "tables.md").read_text()
+
+
 def test_a_finished_run_that_was_never_measured_is_measured_and_not_trained_again(
     compared, reported, tiny_store, tmp_path, capsys
 ):

@@ -486,7 +486,8 @@ def test_labels_count_at_the_end_of_each_round(tmp_path):
     write_evidence(storage, KINDS, FILES, "dev", own=OWN)
     rows = {(r["arm"], r["metric"]): r for r in json.loads(storage.read("summary.json"))}
     protocols = {r["arm"]: r["protocol"] for r in rows.values()}
-    assert protocols == {"ceiling": "reselect", "uniform": "pool", "defensive": "pool"}
+    assert protocols["ceiling"] == "reselect"
+    assert protocols["uniform"] == protocols["defensive"] == "pool"
     assert rows["ceiling", "aulc_labels"]["mean"] is None
     assert rows["uniform", "aulc_labels"]["mean"] == pytest.approx(np.trapezoid(miou, labels) / 30)
     assert "labels bought" in storage.read("curves.svg").decode()
