@@ -87,6 +87,22 @@ def test_a_killed_sweep_runs_what_is_unfinished_and_survives_a_trial_that_diverg
     assert [cycles_of(root, k) for k in range(3)] == trained
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_trials_that_halving_stops_make_room_for_the_next_and_leave_nothing(small_store, tmp_path):
+    """Six trials where two find room: the later ones begin on what the earlier ones have given back."""
+    flags = ["--data", small_store, "--run", str(tmp_path / "sweep"), "--cycles", "6", "--trials", "6"]
+    done = run("tune", *flags, *FAST, timeout=800)
+    lines = [json.loads(x) for x in (tmp_path / "sweep/results/trials.jsonl").read_text().splitlines()]
+    stopped = [line for line in lines if line["outcome"] == "stopped"]
+    assert stopped
+    assert all(0 < line["cycles"] < 6 for line in stopped)
+    assert done.stdout.count("is stopped after") == len(stopped)
+    assert {line["outcome"] for line in lines} == {"finished", "stopped"}
+    assert all(line["returned_after"] < 60 for line in lines)
+    assert "all resources are free" in done.stdout
+
+
 @pytest.mark.timeout(300)
 def test_a_trial_that_is_stopped_gives_all_back_and_has_trained_nothing_in_vain(
     ray_session, small_store, tmp_path
