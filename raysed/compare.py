@@ -83,14 +83,13 @@ def run_all(
         run = Storage(str(experiment.run))
         found = known(results, label, run, store)
         if found and found.is_finished(experiment):
-            missing = not evidence and "robustness" not in found.facts
-            here = missing and run.exists("config.json")
-            lost = (
-                ", but never measured under noise, and its directory is gone" if missing and not here else ""
-            )
+            lost = ""
+            if not evidence and "robustness" not in found.facts:
+                if run.exists("config.json"):
+                    unmeasured.append((name, experiment))
+                else:
+                    lost = ", but never measured under noise, and its directory is gone"
             say(f"{label}: finished{lost}")
-            if here and not args.dry_run:
-                unmeasured.append((name, experiment))
         elif found and found.ended_diverged:
             say(
                 f"{label}: diverged in cycle {found.facts['diverged']['cycle'] + 1}, not tried again while its file is there"
@@ -113,7 +112,7 @@ def run_all(
 
     named = [(f"{name}, seed {experiment.seed}", experiment) for name, experiment in left]
     code = carry_out_all(named, say=say, ended=ended, hold=os.environ.get("RAYSED_HOLD")) if left else 0
-    if not evidence and code not in EXIT_INTERRUPTED.values():
+    if not (evidence or args.dry_run) and code not in EXIT_INTERRUPTED.values():
         for name, experiment in unmeasured:  # now that no other run takes from the time of its forward passes
             collected(name, experiment, measured=True)
     return code or ended_with
@@ -174,9 +173,8 @@ def collect_all(root: Storage) -> Storage:
         experiment, dataset_hash = ledger.config()
         if results.exists(f"{head}.jsonl"):
             before = runfile.read(results, f"{head}.jsonl")
-            if len(before.cycles) == len(ledger.manifests()) and (
-                before.is_finished(experiment) and "robustness" in before.facts
-            ):
+            is_measured = "robustness" in before.facts and len(before.cycles) == len(ledger.manifests())
+            if is_measured and before.is_finished(experiment):
                 continue
         seed = int(head.rpartition("seed")[2])
         record = runfile.collect(

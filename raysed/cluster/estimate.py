@@ -115,21 +115,17 @@ def _say_where(
 
 def _work(arm: Experiment, store: Store, committed: int, multiple: int) -> Work:
     side = store.dataset.tile_size
+    cost = (scored_side(arm.select.side, arm.select.scores, side, multiple) / side) ** 2
     pool = len(training_rows(store.index, arm.data.held_out, unlabelled=arm.asks_people))
     return Work(
         cycles=max(0, arm.cycles - committed),
         train=arm.select.budget(pool),
-        score=_scored(
-            arm,
-            pool,
-            committed,
-            (scored_side(arm.select.side, arm.select.scores, side, multiple) / side) ** 2,
-        ),
+        score=_scored(arm, pool, committed, cost),
         validate=len(validation_rows(store.index, arm.data.validation, arm.data.held_out)),
     )
 
 
-def _scored(arm: Experiment, pool: int, committed: int, cost: float = 1.0) -> float:
+def _scored(arm: Experiment, pool: int, committed: int, cost: float) -> float:
     """Full-size forward passes of scorers a cycle, mean over the cycles that are left.
 
     Args:

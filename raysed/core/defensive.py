@@ -83,7 +83,7 @@ def defensive(
             floor = draws.stratified(pool.codes("region"), budget - hard, rng)
             reasons = ["region's share"] * len(floor)
         else:
-            warm = before(tail, progress) and draws.rounds(pool.ids, state.get("queue")) >= warm_up
+            warm = before(tail, progress) and draws.has_gone_round(pool.ids, state.get("queue"), warm_up)
             hard = int(mixture * budget) if warm else 0
             floor, queue = draws.from_queue(pool.ids, state.get("queue"), budget - hard, rng)
             reasons, kept = [f"queue, epoch {queue['epoch']}"] * len(floor), {"queue": queue}

@@ -134,11 +134,7 @@ def from_queue(
     queue = queue or {"epoch": 0, "key": _new_key(rng), "last": None}
     places = _places(ids, queue["key"])
     order = np.argsort(places, kind="stable")
-    if queue["last"] is not None:
-        last = _places(np.array([queue["last"]], object), queue["key"])[0]
-        behind = (places > last) | ((places == last) & (ids > queue["last"]))
-        order = order[behind[order]]
-    taken = order[:budget]
+    taken = order[~_served(ids, places, queue)[order]][:budget]
     missing = budget - len(taken)
     if missing:
         queue = {"epoch": queue["epoch"] + 1, "key": _new_key(rng)}
@@ -149,17 +145,26 @@ def from_queue(
     return taken, {**queue, "last": str(ids[taken[-1]])}
 
 
-def rounds(ids: np.ndarray, queue: dict[str, Any] | None) -> float:
-    """How often a queue has gone round the pool.  O(N).
+def has_gone_round(ids: np.ndarray, queue: dict[str, Any] | None, times: float) -> bool:
+    """Whether a queue has gone so often round the pool.  O(N) until it has, then O(1) from the next epoch on.
 
     Args:
         ids: (N,) str, sorted.
         queue: as `from_queue` returned it; None has not begun.
+        times: rounds.
     """
-    if queue is None or queue["last"] is None:
-        return 0.0 if queue is None else float(queue["epoch"])
-    places, last = _places(ids, queue["key"]), _places(np.array([queue["last"]], object), queue["key"])[0]
-    return queue["epoch"] + float(np.mean((places < last) | ((places == last) & (ids <= queue["last"]))))
+    if queue is None:
+        return times <= 0
+    missing = times - queue["epoch"]
+    return missing <= 0 or bool(_served(ids, _places(ids, queue["key"]), queue).mean() >= missing)
+
+
+def _served(ids: np.ndarray, places: np.ndarray, queue: dict[str, Any]) -> np.ndarray:
+    """(N,) bool: the tiles that stand at or before the last one served in a queue's epoch."""
+    if queue["last"] is None:
+        return np.zeros(len(ids), bool)
+    last = _places(np.array([queue["last"]], object), queue["key"])[0]
+    return (places < last) | ((places == last) & (ids <= queue["last"]))
 
 
 def _new_key(rng: np.random.Generator) -> str:

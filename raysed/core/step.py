@@ -48,7 +48,9 @@ def resolve_precision(
         return wanted  # type: ignore[return-value]
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return begun if begun and (has_bf16 or begun != "bf16") else "bf16" if has_bf16 else "fp16"
+        if begun and (has_bf16 or begun != "bf16"):
+            return begun
+        return "bf16" if has_bf16 else "fp16"
     matrix, vectors = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
     if begun == "fp32" or (begun == "bf16" and (matrix or vectors)):
         return begun
