@@ -538,7 +538,7 @@ def difference(one: Ledger, other: Ledger) -> list[str]:
     for x, y in zip(mine, theirs, strict=False):
         for name in sorted(x.files.keys() | y.files.keys()):
             if x.files.get(name, {}).get("sha256") != y.files.get(name, {}).get("sha256"):
-                lines.append(f"cycle {x.cycle}: {name} differs")
+                lines.append(f"cycle {x.cycle}: {name} differs{_how(one, x, other, y, name)}")
         for group in ("train", "val"):
             left, right = x.record[group], y.record[group]
             lines += [
@@ -547,6 +547,25 @@ def difference(one: Ledger, other: Ledger) -> list[str]:
                 if left.get(k) != right.get(k)
             ]
     return lines
+
+
+def _how(one: Ledger, x: Manifest, other: Ledger, y: Manifest, name: str) -> str:
+    """In which columns and rows two tables of a cycle differ; nothing of what is no table, or not in both."""
+    if not name.endswith(".parquet") or name not in x.files or name not in y.files:
+        return ""
+    a, b = one.table(x, name), other.table(y, name)
+    if a.schema != b.schema:
+        return f": columns {', '.join(a.column_names)} and {', '.join(b.column_names)}"
+    if len(a) != len(b):
+        return f": {len(a)} and {len(b)} rows"
+    found = []
+    for column in a.column_names:
+        pairs = zip(a[column].to_pylist(), b[column].to_pylist(), strict=True)
+        rows = [i for i, (left, right) in enumerate(pairs) if left != right]
+        if rows:
+            first = rows[0]
+            found.append(f"{column} of {len(rows)} rows, first {a[column][first]} and {b[column][first]}")
+    return f": {'; '.join(found)}" if found else ""
 
 
 BEAT_SECONDS = 3.0

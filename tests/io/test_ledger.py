@@ -248,7 +248,7 @@ def test_difference_names_what_differs(run, tmp_path):
     lines = difference(run, other)
     assert any("config select.tiles" in line for line in lines)
     assert "cycles: 4 and 3" in lines
-    assert "cycle 0: selected.parquet differs" in lines
+    assert "cycle 0: selected.parquet differs: 3 and 5 rows" in lines
     assert not any("scores.parquet" in line for line in lines)
 
 
