@@ -40,7 +40,7 @@ from raysed.core.counts import iou_of_sums
 from raysed.core.labelling import bought, rows_bought
 from raysed.core.losses import class_weights
 from raysed.core.plan import Plan, norm_plan, plan
-from raysed.core.pool import Selection, matrix
+from raysed.core.pool import Selection, matrix, names_of, without
 from raysed.core.splits import training_rows, validation_rows
 from raysed.core.statistics import LAST
 from raysed.core.step import (
@@ -159,7 +159,7 @@ class Worker:
         self.pool = training_rows(self.store.index, self.exp.data.held_out, unlabelled=self.exp.asks_people)
         self.taught = self.store
         """The store that training reads from."""
-        self.candidates = sorted(self.pool["tile_id"].to_pylist())
+        self.candidates = names_of(self.pool.sort_by("tile_id")["tile_id"])
         self.ledger = Ledger(Storage(str(self.exp.run)), arm.epoch, start)
         dataset = self.store.dataset
         self.names = [c.name for c in dataset.classes]
@@ -511,9 +511,9 @@ class Worker:
             return None
         return people.asked(self.ledger.storage, cycle // self.exp.pool.cycles)
 
-    def _selectable(self) -> list[str]:
+    def _selectable(self) -> pa.StringArray:
         owned = {} if self.keeper and self.keeper.features else bought(self.state)  # they are centers
-        return sorted(t for t in self.candidates if t not in self.quarantine and t not in owned)
+        return without(self.candidates, [*self.quarantine, *owned])
 
     def _weights(self) -> tuple[dict[str, np.ndarray], str]:
         return {n: t.numpy() for n, t in self.learner.weights().items()}, self.weights_hash
@@ -521,7 +521,7 @@ class Worker:
     def _needs(self, column: str) -> bool:
         return column in self.strategy.needs
 
-    def _references(self, ids: list[str]) -> list[tuple[list[str], Weights]]:
+    def _references(self, ids: pa.StringArray) -> list[tuple[pa.StringArray, Weights]]:
         """Of the tiles, those that each run of the reference judges, and its newest weights."""
 
         def newest(ledger: Ledger) -> tuple[dict[str, np.ndarray], str]:
@@ -530,10 +530,10 @@ class Worker:
             return {n: t.numpy() for n, t in weights.items()}, manifest.files["model.safetensors"]["sha256"]
 
         ledgers = ledgers_of(str(self.exp.select.reference))
-        rows = self.pool.filter(pc.is_in(self.pool["tile_id"], pa.array(ids, pa.string())))
+        rows = self.pool.filter(pc.is_in(self.pool["tile_id"], ids))
         shares, _ = judged_by(ledgers, rows)
         return [
-            (sorted(own["tile_id"].to_pylist()), partial(newest, ledger))
+            (names_of(own.sort_by("tile_id")["tile_id"]), partial(newest, ledger))
             for ledger, own in zip(ledgers, shares, strict=True)
             if len(own)
         ]
@@ -615,11 +615,10 @@ class Worker:
 
     def _norm_plan(self, opened: OpenCycle) -> Plan:
         """Tiles that batch norm is estimated from, out of all that are labelled: the same for every strategy."""
-        optim, owned, bad = self.exp.optim, bought(opened.selection.state), set(opened.excluded)
-        labelled = sorted(owned) if self.exp.buys_labels else self.candidates
-        ids = [t for t in labelled if t not in bad] if optim.norm_tiles else []
+        optim, owned = self.exp.optim, bought(opened.selection.state)
+        labelled = names_of(sorted(owned)) if self.exp.buys_labels else self.candidates
         return norm_plan(
-            ids,
+            without(labelled, opened.excluded) if optim.norm_tiles else labelled[:0],
             optim.norm_tiles,
             seed=self.exp.seed,
             cycle=opened.cycle,

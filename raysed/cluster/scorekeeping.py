@@ -8,17 +8,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from raysed.cluster.scoring import ScorerPool, Scores, score_pool
 from raysed.config import SelectConfig
 from raysed.core.acquisition import STRATEGIES
-from raysed.core.pool import matrix
+from raysed.core.pool import matrix, names_of
 from raysed.core.scores import ScoreTable, calibrated
 from raysed.io.store import BadTile, Store
 
 Weights = Callable[[], tuple[dict[str, np.ndarray], str]]
 """A network's state dict as arrays, and its hash."""
-References = Callable[[list[str]], list[tuple[list[str], Weights]]]
+References = Callable[[pa.StringArray], list[tuple[pa.StringArray, Weights]]]
 """Of these tiles, those that each network of a reference judges, and its weights."""
 FIRST_GRACE, GRACE = 60.0, 3.0
 """Seconds that the first scorer waits for the others: when they were just made, and later, when one may have lost its node."""
@@ -132,7 +133,7 @@ class Scorekeeper:
             {"tile_id": pa.array(ids, pa.string()), "row": pa.array(list(rows), pa.list_(pa.float32()))}
         )
 
-    def scores(self, ids: list[str], now: Weights, before: Weights) -> Scored:
+    def scores(self, ids: pa.StringArray, now: Weights, before: Weights) -> Scored:
         """Scores for the selection of a cycle.
 
         Args:
@@ -141,8 +142,7 @@ class Scorekeeper:
             before: those that the cycle before started from; asked only in mode overlapped, and not in the first cycle.
         """
         table = self.table.only(ids).older()
-        known = set(ids)
-        keep = [i for i, t in enumerate(self.visits[0]) if t in known]
+        keep = np.flatnonzero(_is_in(names_of(self.visits[0]), ids))
         visited, rows = [self.visits[0][i] for i in keep], self.visits[1][keep]
         found, version = None, None
         if self.mode == "byproduct" and visited:
@@ -154,8 +154,12 @@ class Scorekeeper:
             elif self.mode != "visits":
                 found, version = self._pass(ids, now)
         if found is not None:
-            kept = [i for i, t in enumerate(found.ids) if t in known]
-            table = table.with_scores([found.ids[i] for i in kept], found.rows[kept])
+            kept = _is_in(found.ids, ids)
+            table = (
+                table.with_scores(found.ids, found.rows)
+                if kept.all()
+                else table.with_scores(found.ids.filter(pa.array(kept)), found.rows[kept])
+            )
         self.table = table
         columns = table.table()
         bad, tiles = (list(found.bad), len(found.ids)) if found else ([], 0)
@@ -174,7 +178,7 @@ class Scorekeeper:
             version,
         )
 
-    def _reference_pass(self, ids: list[str]) -> tuple[int, list[BadTile]]:
+    def _reference_pass(self, ids: pa.StringArray) -> tuple[int, list[BadTile]]:
         """Find the irreducible losses, once; the number of tiles scored for that, and those that could not be read."""
         if self.irreducible is not None or self.reference is None:
             return 0, []
@@ -182,11 +186,11 @@ class Scorekeeper:
         for own, network in self.reference(ids):
             weights, version = network()
             found = self._passed(own, weights, version, side=self.store.dataset.tile_size, loss=True)
-            self.irreducible |= zip(found.ids, found.loss.tolist(), strict=True)
+            self.irreducible |= zip(found.ids.to_pylist(), found.loss.tolist(), strict=True)
             bad += found.bad
         return len(self.irreducible), bad
 
-    def begin_ahead(self, ids: list[str], now: Weights) -> None:
+    def begin_ahead(self, ids: pa.StringArray, now: Weights) -> None:
         """In mode overlapped: score the pool for the next cycle while this one trains."""
         if self.mode == "overlapped" and self._ahead is None:
             weights, version = now()
@@ -199,7 +203,7 @@ class Scorekeeper:
         self._grace = FIRST_GRACE
         return self.scorers.release(occupied)
 
-    def _one_cycle_old(self, ids: list[str], now: Weights, before: Weights) -> tuple[Scores, str]:
+    def _one_cycle_old(self, ids: pa.StringArray, now: Weights, before: Weights) -> tuple[Scores, str]:
         if self._ahead is None:  # the first cycle, or one that is continued
             found, version = self._pass(ids, before if len(self.table.ids) else now)
             if not len(self.table.ids):
@@ -219,23 +223,23 @@ class Scorekeeper:
         )  # late visits differ
         sample = [visited[i] for i in spread]
         oldest = table.oldest(math.ceil(self.refresh * len(table.ids)), set(visited))
-        found, version = self._pass(sorted([*sample, *oldest]), now)
-        scorer = dict(zip(found.ids, found.rows, strict=True))
+        found, version = self._pass(names_of(sorted([*sample, *oldest])), now)
+        scorer = dict(zip(found.ids.to_pylist(), found.rows, strict=True))
         both = [i for i in spread if visited[i] in scorer]
         if len(both) > 1:
             rows = calibrated(rows, rows[both], np.stack([scorer[visited[i]] for i in both]))
         return found, version, table.with_visits(visited, rows)
 
-    def _pass(self, ids: list[str], weights: Weights) -> tuple[Scores, str]:
+    def _pass(self, ids: pa.StringArray, weights: Weights) -> tuple[Scores, str]:
         arrays, version = weights()
         return self._pool(ids, arrays, version), version
 
-    def _pool(self, ids: list[str], weights: dict[str, np.ndarray], version: str) -> Scores:
+    def _pool(self, ids: pa.StringArray, weights: dict[str, np.ndarray], version: str) -> Scores:
         return self._passed(ids, weights, version, side=self.side, features=self.features)
 
     def _passed(
         self,
-        ids: list[str],
+        ids: pa.StringArray,
         weights: dict[str, np.ndarray],
         version: str,
         *,
@@ -260,8 +264,15 @@ class Scorekeeper:
         )
 
 
+def _is_in(ids: pa.StringArray, others: pa.StringArray) -> np.ndarray:
+    """(N,) bool: which ids are among the others."""
+    if ids.equals(others):
+        return np.ones(len(ids), bool)
+    return pc.is_in(ids, value_set=others).to_numpy(zero_copy_only=False)
+
+
 def _features(ids: pa.ChunkedArray, found: Scores) -> pa.Array:
     """Column of each tile's features, null where it has none."""
-    at = {t: i for i, t in enumerate(found.ids)}
+    at = {t: i for i, t in enumerate(found.ids.to_pylist())}
     rows = [found.features[at[t]] if t in at else None for t in ids.to_pylist()]
     return pa.array(rows, pa.list_(pa.float16()))

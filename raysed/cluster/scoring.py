@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 from ray.util.placement_group import placement_group, remove_placement_group
@@ -19,7 +20,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from raysed.core.tiles import resize_image, target_of
 from raysed.errors import RaysedError, ResourcesError, rebuilt
 from raysed.io.storage import Storage
-from raysed.io.store import BadTile, Tile, read_tiles
+from raysed.io.store import BadTile, Locations, Tile, read_tiles
 
 CHUNK = 32
 """Tiles a call; a chunk is always made of the same tiles in the same batches, so a score does not depend on who gives it."""
@@ -173,7 +174,7 @@ class Scorer:
 class Scores:
     """What scorers have answered."""
 
-    ids: list[str]
+    ids: pa.StringArray
     """Sorted."""
     rows: np.ndarray
     """(n, 2 + C) float32: entropy, margin, mass of each class."""
@@ -326,8 +327,8 @@ class Work:
         scorers: how many there are.
     """
 
-    def __init__(self, locations: Sequence[dict], scorers: int) -> None:
-        self._locations, tiles = locations, len(locations)
+    def __init__(self, locations: Locations, scorers: int) -> None:
+        self.locations, tiles = locations, len(locations)
         self.chunks = [range(i, min(i + CHUNK, tiles)) for i in range(0, tiles, CHUNK)]
         """Positions; also single tiles of those that were fatal."""
         self.whole = len(self.chunks)
@@ -340,7 +341,7 @@ class Work:
 
     def tiles(self, k: int) -> Sequence[dict]:
         """The tiles of a chunk."""
-        return self._locations[self.chunks[k].start : self.chunks[k].stop]
+        return self.locations[self.chunks[k].start : self.chunks[k].stop]
 
     def next(self, n: int) -> int | None:
         """Number of the chunk that scorer n is to be asked, its own or one of the fullest queue; None if none is left."""
@@ -372,7 +373,7 @@ def score_pool(
     threads: Sequence[int],
     weights: dict[str, np.ndarray],
     version: str,
-    locations: Sequence[dict],
+    locations: Locations,
     *,
     side: int,
     features: bool = False,
@@ -420,7 +421,7 @@ def score_pool(
         done, _ = ray.wait(list(asked.flying), num_returns=1, timeout=10)
         silent = time.monotonic() - heard
         if silent > PATIENCE:
-            scored = sum(k < work.whole for k in asked.results)
+            scored = sum(k < work.whole for k in asked.answers.done)
             raise ResourcesError(
                 f"no scorer has given a score for {PATIENCE:.0f} s, {scored} of {work.whole} chunks are scored{cause}"
             )
@@ -439,7 +440,7 @@ def score_pool(
             raise rebuilt(*answer["failed"])
         asked.answered(done[0], answer)
         heard = time.monotonic()
-    return _gathered(work, asked.results)
+    return asked.answers.scores()
 
 
 class _Asked:
@@ -454,11 +455,11 @@ class _Asked:
     def __init__(self, work: Work, living: dict[int, ActorHandle], call: Callable[[int, int], Any]) -> None:
         self._work, self._living, self._call = work, living, call
         self.flying: dict[Any, tuple[int, int]] = {}
-        self.results: dict[int, dict[str, Any]] = {}
+        self.answers = _Answers(work)
         self._again: set[int] = set()
 
     def _is_open(self, k: int) -> bool:
-        return k not in self.results and k not in self._work.split
+        return k not in self.answers.done and k not in self._work.split
 
     def is_waiting(self) -> bool:
         """Whether an answer is still wanted."""
@@ -473,7 +474,7 @@ class _Asked:
         """The first answer to a chunk counts."""
         n, k = self.flying.pop(ref)
         if self._is_open(k):
-            self.results[k] = answer
+            self.answers.take(k, answer)
         self.feed(n)
 
     def ask_idle_ones(self) -> None:
@@ -500,20 +501,44 @@ class _Asked:
             self.feed(m)
 
 
-def _gathered(work: Work, results: Mapping[int, dict[str, Any]]) -> Scores:
-    parts = [results[k] for k in sorted(results, key=lambda k: work.chunks[k].start)]
-    nodes: Counter[str] = Counter()
-    for part in parts:
-        nodes[part["node"]] += len(part["ids"])
-    width = max((p["scores"].shape[1] for p in parts), default=2)
-    rows = [np.zeros((0, width), np.float32), *(p["scores"] for p in parts if len(p["ids"]))]
-    ids = [t for p in parts for t in p["ids"]]
-    features_of = [p["features"] for p in parts if len(p["ids"])] or [np.zeros((0, 0), np.float16)]
-    return Scores(
-        ids,
-        np.concatenate(rows),
-        np.concatenate(features_of),
-        np.concatenate([np.zeros(0, np.float32), *(p["loss"] for p in parts)]),
-        [*work.deadly, *(BadTile(**b) for p in parts for b in p["bad"])],
-        dict(nodes),
-    )
+class _Answers:
+    """The answers to chunks, each put in its place: as objects those of ten million tiles would take gigabytes."""
+
+    def __init__(self, work: Work) -> None:
+        self._work, tiles = work, len(work.locations)
+        self.done: set[int] = set()
+        """Chunks that are answered."""
+        self._good = np.zeros(tiles, bool)
+        self._rows, self._features = np.zeros((tiles, 2), np.float32), np.zeros((tiles, 0), np.float16)
+        self._loss = np.zeros(tiles, np.float32)
+        self._bad: list[tuple[int, BadTile]] = []
+        self._nodes: Counter[str] = Counter()
+
+    def take(self, k: int, answer: dict[str, Any]) -> None:
+        """The answer to chunk k."""
+        self.done.add(k)
+        chunk = self._work.chunks[k]
+        at = np.arange(chunk.start, chunk.stop)
+        if len(answer["ids"]) < len(at):
+            given = set(answer["ids"])
+            at = at[[tile["tile_id"] in given for tile in self._work.tiles(k)]]
+        if not self._good.any():  # the first good tiles tell how wide their rows are
+            self._rows = np.zeros((len(self._good), answer["scores"].shape[1]), np.float32)
+            self._features = np.zeros((len(self._good), answer["features"].shape[1]), np.float16)
+        if len(at):
+            self._rows[at], self._features[at], self._loss[at] = (
+                answer[name] for name in ("scores", "features", "loss")
+            )
+        self._good[at] = True
+        self._bad += [(chunk.start, BadTile(**b)) for b in answer["bad"]]
+        self._nodes[answer["node"]] += len(at)
+
+    def scores(self) -> Scores:
+        """Of all good tiles."""
+        ids, good = self._work.locations.ids, self._good
+        bad = [b for _, b in sorted(self._bad, key=lambda pair: pair[0])]
+        if good.all():
+            found = ids, self._rows, self._features, self._loss
+        else:
+            found = ids.filter(pa.array(good)), self._rows[good], self._features[good], self._loss[good]
+        return Scores(*found, [*self._work.deadly, *bad], dict(self._nodes))

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pyarrow as pa
+
 from raysed.core.randomness import keyed_rng
 
 
@@ -44,7 +46,9 @@ def plan(ids: Sequence[str], seed: int, cycle: int, batch: int, micro_batch: int
     return Plan(tuple(order), batch, micro_batch)
 
 
-def norm_plan(ids: Sequence[str], count: int, *, seed: int, cycle: int, batch: int, micro_batch: int) -> Plan:
+def norm_plan(
+    ids: pa.StringArray, count: int, *, seed: int, cycle: int, batch: int, micro_batch: int
+) -> Plan:
     """Tiles that batch norm is estimated from after a cycle: drawn uniformly by (seed, cycle) alone, so that no strategy shifts it.
 
     Args:
@@ -56,4 +60,4 @@ def norm_plan(ids: Sequence[str], count: int, *, seed: int, cycle: int, batch: i
         micro_batch: tiles a forward pass.
     """
     at = keyed_rng("norm", seed, cycle).choice(len(ids), min(count, len(ids)), replace=False)
-    return Plan(tuple(ids[i] for i in at), batch, micro_batch)
+    return Plan(tuple(ids.take(pa.array(at)).to_pylist()), batch, micro_batch)

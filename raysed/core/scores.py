@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raysed.core.pool import matrix
+from raysed.core.pool import matrix, names_of
 
 SMOOTHING = 0.5
 """Share of a new visit in a tile's smoothed statistics."""
@@ -33,9 +33,9 @@ class ScoreTable:
     """(N,) int32 cycles since `scored` was renewed."""
 
     @classmethod
-    def unknown(cls, ids: Iterable[str], classes: int) -> "ScoreTable":
+    def unknown(cls, ids: Iterable[str] | pa.StringArray, classes: int) -> "ScoreTable":
         """Nothing is known yet."""
-        names = pa.array(ids, pa.string())
+        names = names_of(ids)
         n = len(names)
         return cls(
             names.take(pc.sort_indices(names)),
@@ -44,15 +44,15 @@ class ScoreTable:
             np.full(n, NEVER, np.int32),
         )
 
-    def _at(self, ids: list[str]) -> np.ndarray:
-        names = pa.array(ids, pa.string())
+    def _at(self, ids: list[str] | pa.StringArray) -> np.ndarray:
+        names = names_of(ids)
         if names.equals(self.ids):  # a pass over the whole pool: a join of 10^7 costs seconds and half a GiB
             return np.arange(len(names))
         at = pc.index_in(names, value_set=self.ids)
         assert not at.null_count, "a tile that is not in the pool"
         return at.to_numpy()
 
-    def only(self, ids: list[str]) -> "ScoreTable":
+    def only(self, ids: list[str] | pa.StringArray) -> "ScoreTable":
         """Rows of these tiles, those that are not here yet as unknown."""
         fresh = ScoreTable.unknown(ids, self.scored.shape[1] - 2)
         if fresh.ids.equals(self.ids):
@@ -66,7 +66,7 @@ class ScoreTable:
         """A cycle has passed."""
         return replace(self, age=np.where(self.age == NEVER, NEVER, self.age + 1).astype(np.int32))
 
-    def with_scores(self, ids: list[str], rows: np.ndarray) -> "ScoreTable":
+    def with_scores(self, ids: list[str] | pa.StringArray, rows: np.ndarray) -> "ScoreTable":
         """A scorer's (n, 2 + C) rows replace what was known.
 
         Args:
@@ -120,7 +120,7 @@ class ScoreTable:
     @classmethod
     def from_table(cls, table: pa.Table, classes: int) -> "ScoreTable":
         """Inverse of `table`."""
-        empty = cls.unknown(table["tile_id"].combine_chunks(), classes)
+        empty = cls.unknown(names_of(table["tile_id"]), classes)
         for name, target in (
             ("entropy", empty.scored[:, 0]),
             ("margin", empty.scored[:, 1]),

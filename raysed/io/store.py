@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from raysed.core.pool import names_of
 from raysed.core.tiles import LandClass, check_id
 from raysed.errors import DataError, UsageError
 from raysed.io import codec
@@ -323,13 +324,13 @@ class Store:
         """
         return self.located(ids)[:]
 
-    def located(self, ids: Sequence[str]) -> "Locations":
+    def located(self, ids: Sequence[str] | pa.StringArray) -> "Locations":
         """`locations` of many tiles, each made when it is asked for.
 
         Raises:
             UsageError: see there.
         """
-        wanted = pa.array(ids, pa.string())
+        wanted = names_of(ids)
         at = pc.index_in(wanted, self.index["tile_id"])
         if at.null_count:
             missing = wanted.filter(pc.is_null(at))[0].as_py()
@@ -347,6 +348,11 @@ class Locations(Sequence[dict]):
 
     def __init__(self, index: pa.Table, rows: pa.Array) -> None:
         self._index, self._rows = index, rows
+
+    @property
+    def ids(self) -> pa.StringArray:
+        """Of the tiles, in order."""
+        return names_of(self._index["tile_id"].take(self._rows))
 
     def __len__(self) -> int:
         return len(self._rows)

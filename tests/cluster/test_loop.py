@@ -139,7 +139,7 @@ def test_a_storage_that_refuses_comes_out_of_stream_and_scorer_as_itself(
     scorer = ray.remote(Scorer).remote(network, shardless_store, store.dataset.tile_size, 1 << 30)
     with pytest.raises(StorageError, match=r"shards/part-00000\.parquet: .*directory"):
         score_pool(
-            [scorer], [1], weights, "v1", store.locations(ids), side=SIDE, precision="fp32", renew=pytest.fail
+            [scorer], [1], weights, "v1", store.located(ids), side=SIDE, precision="fp32", renew=pytest.fail
         )
     ray.kill(scorer)
 
@@ -155,7 +155,7 @@ def test_scorers_that_die_again_and_again_end_the_scoring(ray_session, small_sto
     make = network, small_store, store.dataset.tile_size, 1 << 30
     made = ScorerPool(2, make, {"num_cpus": 0.1}, Doomed)
     doomed, _ = made.ready(60, 60)
-    at = store.locations(store.index["tile_id"].to_pylist()[:40])
+    at = store.located(store.index["tile_id"].to_pylist()[:40])
     with pytest.raises(ResourcesError, match=r"no scorer has given a score for 8 s, 0 of 2 chunks .*memory"):
         score_pool(doomed, [1, 1], weights, "v1", at, side=SIDE, precision="fp32", renew=made.renew)
     made.kill()
@@ -178,7 +178,7 @@ def test_scorers_given_back_are_made_anew_and_score_the_same(ray_session, small_
         up, threads = pool.ready(60, 60)
         assert len(up) == 2
         assert threads == [max(1, int(ray.cluster_resources()["CPU"] // 2))] * 2
-        at = store.locations(store.index["tile_id"].to_pylist()[:40])
+        at = store.located(store.index["tile_id"].to_pylist()[:40])
         return score_pool(up, [1, 1], weights, "v1", at, side=SIDE, precision="fp32", renew=pool.renew).rows
 
     other = copy.copy(pool)  # a worker that takes the place of one that has given them back
@@ -236,14 +236,14 @@ def test_scores_of_the_pool_equal_a_plain_loop_though_a_scorer_dies(pool, weight
             [1, 1],
             weights,
             version,
-            store.locations(order),
+            store.located(order),
             side=SIDE,
             precision="fp32",
             renew=pool.renew,
         )
 
     calm = scored("v1", ids)
-    assert calm.ids == ids
+    assert calm.ids.to_pylist() == ids
     assert sum(calm.nodes.values()) == len(ids)
 
     net = build("unet:resnet18", 8, 4).to(memory_format=torch.channels_last).eval()
@@ -273,12 +273,12 @@ def test_a_bad_tile_is_left_out_of_the_scores_and_named(ray_session, weights, da
         .options(num_cpus=0.1)
         .remote(Network("unet:resnet18", 8, "cpu"), uri, store.dataset.tile_size, 1 << 30)
     )
-    at = store.locations(store.index["tile_id"].to_pylist()[:40])
+    at = store.located(store.index["tile_id"].to_pylist()[:40])
     scores = score_pool([scorer], [1], weights, "v1", at, side=SIDE, precision="fp32", renew=pytest.fail)
     ray.kill(scorer)
     assert [b.tile_id for b in scores.bad] == [victim]
     assert len(scores.ids) == 39
-    assert victim not in scores.ids
+    assert victim not in scores.ids.to_pylist()
 
 
 def test_a_class_absent_from_training_is_said_and_weighs_nothing(small_store):

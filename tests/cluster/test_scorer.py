@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from processes import environment
@@ -18,10 +19,11 @@ from raysed.cluster.scorekeeping import Scorekeeper
 from raysed.cluster.scoring import CHUNK, Network, Scorer, ScorerPool, Scores, Work, score_pool
 from raysed.config import SelectConfig
 from raysed.core.networks import build
+from raysed.core.pool import names_of
 from raysed.core.scores import ScoreTable
 from raysed.core.step import to_device
 from raysed.core.uncertainty import log_probabilities, tile_scores
-from raysed.io.store import Store, read_tiles
+from raysed.io.store import Locations, Store, read_tiles
 
 ARCH = "unet:resnet18"
 
@@ -78,14 +80,14 @@ def test_scores_are_of_single_precision_whatever_the_forward_pass_computes_in(st
 
 
 def test_the_irreducible_loss_is_found_once_a_run_and_goes_on_from_the_ledger(store, monkeypatch):
-    ids = sorted(store.split("train")["tile_id"].to_pylist())
+    ids = names_of(sorted(store.split("train")["tile_id"].to_pylist()))
     passes = []
 
     def score_pool(
         scorers, threads, weights, version, locations, *, side, features=False, loss=False, precision, renew
     ):
         passes.append((version, side, loss))
-        own = [at["tile_id"] for at in locations][1:]  # one cannot be read
+        own = locations.ids[1:]  # one cannot be read
         n = len(own)
         return Scores(
             own, np.zeros((n, 10), np.float32), np.zeros((n, 0)), np.arange(n, dtype=np.float32), [], {}
@@ -97,7 +99,7 @@ def test_the_irreducible_loss_is_found_once_a_run_and_goes_on_from_the_ledger(st
         def ready(self, patience, grace, taken):
             return [], []
 
-    def references(asked: list[str]) -> list:
+    def references(asked: pa.StringArray) -> list:
         return [(asked, lambda: ({}, "reference"))]
 
     def keeper() -> Scorekeeper:
@@ -156,9 +158,13 @@ def test_scorers_rest_only_when_they_will_be_idle_for_long(store):
     assert released == [{"trainer"}] * 2
 
 
+def located(rows: list[dict]) -> Locations:
+    return Locations(pa.Table.from_pylist(rows), pa.array(range(len(rows))))
+
+
 def test_a_chunk_that_two_scorers_did_not_outlive_is_asked_tile_by_tile():
     locations = [{"tile_id": f"t{i:03d}", "sha256": f"hash {i}"} for i in range(2 * CHUNK + 1)]
-    work = Work(locations, 2)
+    work = Work(located(locations), 2)
     assert [work.next(0), work.next(1), work.next(0)] == [0, 1, 2]
     work.died(0, [0, 2])
     assert work.next(1) == 0  # as a whole, its scores the same
@@ -172,6 +178,34 @@ def test_a_chunk_that_two_scorers_did_not_outlive_is_asked_tile_by_tile():
         assert work.deadly or work.next(1) == asked[6]
     assert [(b.tile_id, b.sha256) for b in work.deadly] == [("t005", "hash 5")]
     assert work.next(0) is None
+
+
+def test_answers_stand_in_the_order_of_the_tiles_whatever_came_first():
+    work = Work(located([{"tile_id": f"t{i:03d}", "sha256": "h"} for i in range(2 * CHUNK)]), 2)
+    answers = scoring._Answers(work)
+
+    def answer(numbers: list[int], bad: list[int]) -> dict:
+        rows = np.array([[i] * 3 for i in numbers], np.float32).reshape(len(numbers), 3)
+        return {
+            "ids": [f"t{i:03d}" for i in numbers],
+            "scores": rows if numbers else np.zeros((0, 2), np.float32),
+            "features": rows.astype(np.float16),
+            "loss": -np.array(numbers, np.float32),
+            "bad": [{"tile_id": f"t{i:03d}", "reason": "rotten", "sha256": ""} for i in bad],
+            "node": "here",
+        }
+
+    late = [i for i in range(CHUNK, 2 * CHUNK) if i != CHUNK + 3]
+    answers.take(1, answer(late, [CHUNK + 3]))
+    answers.take(0, answer(list(range(2, CHUNK)), [0, 1]))
+    found, numbers = answers.scores(), [*range(2, CHUNK), *late]
+    assert found.ids.to_pylist() == [f"t{i:03d}" for i in numbers]
+    assert found.rows[:, 2].tolist() == found.features[:, 0].tolist() == (-found.loss).tolist() == numbers
+    assert [b.tile_id for b in found.bad] == ["t000", "t001", f"t{CHUNK + 3:03d}"]
+    assert found.nodes == {"here": 2 * CHUNK - 3}
+    none = scoring._Answers(work)
+    none.take(0, answer([], list(range(CHUNK))))
+    assert len(none.scores().ids) == 0
 
 
 @pytest.mark.ray
@@ -192,9 +226,11 @@ def test_a_tile_that_kills_scorers_is_left_out_and_all_others_have_one_score(ray
 
     locations = [{"tile_id": f"t{i:03d}", "sha256": "h"} for i in range(100)]
     pool = ScorerPool(2, (), {"num_cpus": 0.1}, Mortal)
-    found = score_pool(*pool.ready(60, 60), {}, "v", locations, side=64, precision="fp32", renew=pool.renew)
+    found = score_pool(
+        *pool.ready(60, 60), {}, "v", located(locations), side=64, precision="fp32", renew=pool.renew
+    )
     pool.kill()
-    assert found.ids == [at["tile_id"] for at in locations if at["tile_id"] != "t040"]
+    assert found.ids.to_pylist() == [at["tile_id"] for at in locations if at["tile_id"] != "t040"]
     assert found.rows[:, 0].tolist() == [i for i in range(100) if i != 40]
     assert [(b.tile_id, b.reason) for b in found.bad] == [("t040", "2 scorers died over it alone")]
 
@@ -225,7 +261,7 @@ def test_what_a_silent_scorer_holds_is_asked_of_idle_ones(ray_session, monkeypat
         pool = ScorerPool(2, (f"{folder}/flag",), {"num_cpus": 0.1}, Hanging)
         began = time.monotonic()
         found = score_pool(
-            *pool.ready(60, 60), {}, "v", locations, side=64, precision="fp32", renew=pool.renew
+            *pool.ready(60, 60), {}, "v", located(locations), side=64, precision="fp32", renew=pool.renew
         )
         pool.kill()
     assert time.monotonic() - began < 120

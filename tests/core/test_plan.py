@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raysed.core.plan import norm_plan, plan
+from raysed.core.pool import names_of
 
 IDS = [f"t{i:03d}" for i in range(101)]
 
@@ -45,7 +46,7 @@ def test_order_follows_seed_and_cycle_and_not_the_order_of_the_ids():
 
 
 def drawn(ids=IDS, count=32, seed=1, cycle=2):
-    return norm_plan(ids, count, seed=seed, cycle=cycle, batch=16, micro_batch=8)
+    return norm_plan(names_of(ids), count, seed=seed, cycle=cycle, batch=16, micro_batch=8)
 
 
 def test_batch_norm_is_estimated_on_tiles_that_follow_from_seed_and_cycle_alone():
