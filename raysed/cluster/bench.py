@@ -208,10 +208,10 @@ class Bench:
         found = read_tiles(self.store.storage, self.store.locations(self.ids[:count]), self.side)
         return [t for t in found if isinstance(t, Tile)]
 
-    def learner(self, batch: int = 16) -> Learner:
+    def learner(self) -> Learner:
         """A fresh network in training, the default precision."""
         net = networks.build(ARCH, self.classes, 0)
-        return Learner(net, alpha=self.alpha, gamma=2, batch=batch, precision=self.precision)
+        return Learner(net, alpha=self.alpha, gamma=2, batch=16, precision=self.precision)
 
     @cached_property
     def precision(self) -> Precision:
@@ -457,7 +457,7 @@ def precision(bench: Bench, name: str, arch: str) -> Row:
     plain = Learner(net, alpha=bench.alpha, gamma=2, batch=8, precision="fp32")
     plain.net = net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     plain.wrapped = plain.net
-    tiles = bench.tiles(8)  # one micro-batch
+    tiles = bench.tiles(8)
     x, y = to_device(
         np.stack([t.image for t in tiles]), np.stack([t.label for t in tiles if t.label is not None]), CPU
     )
@@ -669,7 +669,6 @@ def controller_costs(exponent: int) -> tuple[list[float], float]:
     rng = np.random.default_rng(0)
     index = _index(n)
     pool = training_rows(index, None)
-
     candidates = names_of(pool.sort_by("tile_id")["tile_id"])
     experiment = Experiment(select=SelectConfig(strategy="entropy"))
 
