@@ -550,11 +550,8 @@ def difference(one: Ledger, other: Ledger) -> list[str]:
 
 
 def _how(one: Ledger, x: Manifest, other: Ledger, y: Manifest, name: str) -> str:
-    """In which columns and rows two tables of a cycle differ; nothing of what is no table, or not in both any more."""
-    both = (x, one.manifests()[-1].cycle), (y, other.manifests()[-1].cycle)
-    if not name.endswith(".parquet") or not all(
-        name in m.files and kept(name, m.cycle, last) for m, last in both
-    ):
+    """In which columns and rows two tables of a cycle differ; nothing of what is no table, or not in both."""
+    if not name.endswith(".parquet") or name not in x.files or name not in y.files:
         return ""
     a, b = one.table(x, name), other.table(y, name)
     if a.schema != b.schema:
