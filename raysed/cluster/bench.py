@@ -100,6 +100,8 @@ GOALS = {
     "bytes fetched": Goal("x", 1.1, False, "bytes asked of the storage for a random fifth over the bytes of those tiles"),
     "fixed seconds": Goal("s a cycle", 1.5, False, "a warm passive cycle without steps and validation"),
     "two workers / one": Goal("x", 1.7, True, "tiles/s of two workers of one thread over one of one thread, same global batch"),
+    "two processes, steps": Goal("x", None, True, "training steps/s of two processes of one thread that share nothing but the machine over one such process: the most that two workers can do here, and how far a trainer slows beside a busy scorer"),
+    "two processes, scores": Goal("x", None, True, "the same of forward passes with scores: the most that two scorers can do here"),
     "controller 1e5": Goal("s a cycle", 60, False, "scores in, selection, plan and ledger tables of 10^5 tiles, strategy entropy, a fifth selected"),
     "controller 1e6": Goal("s a cycle", 60, False, "the same of 10^6 tiles"),
     "controller 1e7": Goal("s a cycle", 60, False, "the same of 10^7 tiles"),
@@ -264,6 +266,58 @@ def bare_costs(bench: Bench, threads: int) -> tuple[float, float, float]:
         action()
         found.append(float(np.median([timed(action) for _ in range(5)])) / 16)
     return found[0], found[1], found[2]
+
+
+APART_SECONDS = 4.0
+"""For which processes that share nothing are measured."""
+
+
+def apart(bench: Bench, name: str, act: str) -> Row:
+    """Work of two processes over that of one; the threads of both start together."""
+
+    def rate(count: int) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.spawn(
+                _apart, (folder, count, act, (bench.classes, bench.side)), nprocs=count
+            )
+            return sum(float(path.read_text()) for path in Path(folder).glob("rate-*"))
+
+    pairs = [(rate(2), rate(1)) for _ in range(4)]
+    return row(
+        name, [two / one for two, one in pairs], [f"one does {np.median(pairs, 0)[1]:.2f} batches of 16/s"]
+    )
+
+
+def _apart(rank: int, folder: str, count: int, act: str, shape: tuple[int, int]) -> None:
+    """Batches of 16 tiles a second of one of so many processes, written to a file."""
+    torch.set_num_threads(1)
+    classes, side = shape
+    net = networks.build(ARCH, classes, 0)
+    precision = resolve_precision("auto", CPU, net)
+    learner = Learner(net, alpha=np.ones(classes, np.float32), gamma=2, batch=16, precision=precision)
+    rng = np.random.default_rng(rank)
+    images = rng.integers(0, 256, (16, side, side, 3), np.uint8)
+    labels = rng.integers(1, classes + 1, (16, side, side)).astype(np.uint8)
+    whole = to_device(images, labels, CPU)[0]
+    micro = [
+        MicroBatch(k, *to_device(images[8 * k : 8 * k + 8], labels[8 * k : 8 * k + 8], CPU)) for k in range(2)
+    ]
+
+    def once() -> None:
+        if act == "scores":
+            scored(learner.net, whole, precision)
+        else:
+            learner.step(micro, lr=1e-6, key=("bench",), total=2)
+
+    once()
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=count)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    began, done = time.perf_counter(), 0
+    while time.perf_counter() - began < APART_SECONDS:
+        once()
+        done += 1
+    (Path(folder) / f"rate-{rank}").write_text(str(done / (time.perf_counter() - began)))
 
 
 @torch.inference_mode()
@@ -837,6 +891,8 @@ ROWS: dict[str, Callable[[Bench], Row]] = {
     "precision unet": lambda b: precision(b, "precision unet", "unet"),
     "augmentation": augmentation,
     "bytes fetched": bytes_fetched,
+    "two processes, steps": lambda b: apart(b, "two processes, steps", "steps"),
+    "two processes, scores": lambda b: apart(b, "two processes, scores", "scores"),
     "controller 1e5": lambda b: controller(b, 5),
     "controller 1e6": lambda b: controller(b, 6),
     "controller 1e7": lambda b: controller(b, 7),

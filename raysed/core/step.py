@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Literal
 
 import numpy as np
@@ -56,6 +57,27 @@ def resolve_precision(
         return begun
     dense = all(m.groups == 1 for m in net.modules() if isinstance(m, nn.Conv2d))
     return "bf16" if matrix or (dense and vectors) else "fp32"
+
+
+def train_grouped_in_fp32(net: nn.Module) -> None:
+    """Compute grouped convolutions in fp32 where autocast would take bf16, when gradients are wanted; results are rounded to bf16 again.
+
+    On CPUs the backward pass of a depthwise convolution takes two to four times as long in bf16 as in fp32, more than the rest of the step
+    gains; without gradients bf16 is the faster one.
+
+    Args:
+        net: changed in place; its parameters and their names stay.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d) and module.groups > 1:
+            module.forward = MethodType(_grouped_forward, module)  # type: ignore[method-assign]
+
+
+def _grouped_forward(module: nn.Conv2d, x: Tensor) -> Tensor:
+    if not (torch.is_grad_enabled() and torch.is_autocast_enabled(x.device.type)):
+        return type(module).forward(module, x)
+    with torch.autocast(x.device.type, enabled=False):
+        return type(module).forward(module, x.float()).to(torch.get_autocast_dtype(x.device.type))
 
 
 def common_precision(precisions: Sequence[Precision]) -> Precision:
@@ -161,6 +183,8 @@ class Learner:
         groups = [{"params": kernels, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.999))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")  # type: ignore[attr-defined]
+        if self.device.type == "cpu" and precision == "bf16":
+            train_grouped_in_fp32(net)
         self.wrapped: nn.Module = net
         if self.workers > 1 and not ordered_sums:
             self.wrapped = DistributedDataParallel(

@@ -372,3 +372,27 @@ def test_a_state_of_another_precision_is_loaded_without_its_scale():
     one, two = (next(iter(x.adam.state.values()))["exp_avg"] for x in learners)
     assert torch.equal(one, two)
     assert learners[1].scaler.get_scale() == 65536
+
+
+def test_in_training_bf16_leaves_grouped_convolutions_in_fp32():
+    dense, grouped = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, groups=4)
+    net = nn.Sequential(dense, grouped)
+    Learner(net, alpha=np.ones(4, np.float32), gamma=2, batch=1, precision="bf16")
+    taken = []
+    plain = nn.Conv2d._conv_forward
+
+    def noted(self, x, *rest):
+        taken.append((self is grouped, x.dtype, torch.is_autocast_enabled("cpu")))
+        return plain(self, x, *rest)
+
+    x = torch.rand(1, 4, 8, 8)
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        patch.setattr(nn.Conv2d, "_conv_forward", noted)
+        assert net(x).dtype == torch.bfloat16
+        assert taken == [(False, torch.float32, True), (True, torch.float32, False)]
+        taken.clear()
+        with torch.inference_mode():
+            net(x)
+        assert taken == [(False, torch.float32, True), (True, torch.bfloat16, True)]
+    net(x).sum().backward()
+    assert net.state_dict().keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
