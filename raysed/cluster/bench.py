@@ -28,6 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from raysed.cluster.connect import connect
 from raysed.cluster.launch import Stepper
@@ -46,13 +47,15 @@ from raysed.core.randomness import keyed_rng
 from raysed.core.scores import ScoreTable
 from raysed.core.splits import training_rows
 from raysed.core.step import DTYPES, Learner, MicroBatch, Precision, resolve_precision, to_device
+from raysed.core.tiles import LandClass
 from raysed.core.uncertainty import log_probabilities, tile_scores
 from raysed.core.windows import axis
+from raysed.errors import RaysedError
 from raysed.io.imagery import find_images
 from raysed.io.ledger import Ledger, choose, selection_table, table_bytes
 from raysed.io.model import of_run
 from raysed.io.storage import Storage
-from raysed.io.store import INDEX, LOCATION, Locations, Store, Tile, read_tiles
+from raysed.io.store import INDEX, LOCATION, POOL, Dataset, Store, Tile, read_tiles
 
 CPU = torch.device("cpu")
 ARCH = "efficientunet-b0"
@@ -108,7 +111,7 @@ GOALS = {
     "controller memory": Goal("GiB", 4, False, "the most that a process holds that does this for 10^7 tiles, every column of their index, torch and Ray included"),
     "commit": Goal("% of the step time", 1, False, "time a warm cycle is blocked by its commit over the time it trains"),
     "parameters": Goal("million", None, True, "parameters of unet; efficientunet-b0 and -b4 stand in the samples"),
-    "latency": Goal("ms", None, False, "forward pass of one 256 px tile by efficientunet-b0; unet and -b4 stand in the samples"),
+    "latency": Goal("ms", None, False, "forward pass of one 256 px tile by efficientunet-b0; unet and -b4, and the operations that each takes, stand in the samples"),
     "step memory": Goal("GiB", None, False, "what a process grows by at most in a training step of four 256 px tiles by efficientunet-b0; unet and -b4 stand in the samples"),
 }  # fmt: skip
 """Every row with its goal."""
@@ -717,18 +720,18 @@ def bytes_fetched(bench: Bench) -> Row:
     return row("bytes fetched", ratios)
 
 
-def controller_costs(exponent: int) -> tuple[list[float], float]:
-    """Seconds of what rank 0 does in a cycle for 10^exponent tiles, and the most GiB that this process has held."""
-    n = 10**exponent
+def controller_costs(uri: str) -> tuple[list[float], float]:
+    """Seconds of what rank 0 does in a cycle for the tiles of a store, and the most GiB that this process has held, opening it included."""
     rng = np.random.default_rng(0)
-    index = _index(n)
-    pool = training_rows(index, None)
+    store = Store.open(uri, None, sorted({*POOL, *LOCATION}))
+    n = len(store.index)
+    pool, store = training_rows(store.only(POOL).index, None), store.only(LOCATION)
     candidates = names_of(pool.sort_by("tile_id")["tile_id"])
     experiment = Experiment(select=SelectConfig(strategy="entropy"))
 
     def cycle() -> None:
         ids = without(candidates, ())
-        work = Work(Locations(index.select(LOCATION), pc.index_in(ids, index["tile_id"])), 8)
+        work = Work(store.located(ids), 8)
         for k in range(work.whole):
             work.tiles(k)
         scores = ScoreTable.unknown(ids, 8).with_scores(ids, rng.random((n, 10), np.float32)).table()
@@ -741,10 +744,13 @@ def controller_costs(exponent: int) -> tuple[list[float], float]:
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _index(n: int) -> pa.Table:
-    """An index of n tiles of eight classes, every column of it."""
+def write_index(uri: str, exponent: int) -> None:
+    """A store of 10^exponent tiles of eight classes without their pixels: every column of its index."""
+    n = 10**exponent
     numbers = pc.utf8_lpad(pa.array(np.arange(n)).cast(pa.string()), 8, "0")
     sources = pc.utf8_slice_codeunits(numbers, 0, 6)
+    rng = np.random.default_rng(0)
+    ends = pa.py_buffer(np.arange(n + 1, dtype=np.int32) * 64)
 
     def lists(width: int, kind: pa.DataType) -> pa.Array:
         offsets = pa.array(np.arange(n + 1, dtype=np.int32) * width)
@@ -752,7 +758,7 @@ def _index(n: int) -> pa.Table:
 
     made = {
         "tile_id": pc.binary_join_element_wise("region_", numbers, "-r000c000", ""),
-        "sha256": pc.binary_join_element_wise(numbers, "0" * 56, ""),
+        "sha256": pa.StringArray.from_buffers(n, ends, pa.py_buffer(rng.bytes(32 * n).hex().encode())),
         "shard": pc.binary_join_element_wise("part-", pc.utf8_slice_codeunits(numbers, 0, 5), ""),
         "region": pc.binary_join_element_wise("region_", pc.utf8_slice_codeunits(numbers, 0, 3), ""),
         "source": pc.binary_join_element_wise("region_", sources, ""),
@@ -764,7 +770,14 @@ def _index(n: int) -> pa.Table:
     }
     number = pa.array(np.arange(n, dtype=np.int32))
     columns = [made[f.name] if f.name in made else number.cast(f.type) for f in INDEX]
-    return pa.table(columns, schema=INDEX)
+    storage = Storage(uri)
+    storage.write("index.parquet", table_bytes(pa.table(columns, schema=INDEX)))
+    classes = tuple(LandClass(f"class {k}", "#000000", k) for k in range(1, 9))
+    counts = {"train": n, "val": 0}
+    storage.write(
+        "dataset.json",
+        Dataset("bench", classes, (), 256, counts, {"train": [n] * 9, "val": [0] * 9}, "").to_json(),
+    )
 
 
 PROCESS_SECONDS = 600
@@ -773,8 +786,10 @@ PROCESS_SECONDS = 600
 
 def controller_turn(exponent: int) -> tuple[list[float], float]:
     """`controller_costs` in a process of its own."""
-    code = f"import json; from raysed.cluster.bench import controller_costs; print(json.dumps(controller_costs({exponent})))"
-    seconds, peak = json.loads(_printed(code))
+    with tempfile.TemporaryDirectory() as folder:
+        _printed(f"from raysed.cluster.bench import write_index; write_index({folder!r}, {exponent})")
+        code = f"import json; from raysed.cluster.bench import controller_costs; print(json.dumps(controller_costs({folder!r})))"
+        seconds, peak = json.loads(_printed(code))
     return seconds, peak
 
 
@@ -808,12 +823,17 @@ def latency(bench: Bench) -> Row:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     x = torch.rand(1, 3, 256, 256).contiguous(memory_format=torch.channels_last)
     times: dict[str, list[float]] = {}
+    told = {}
     for arch in ARCHS:
         net = networks.build(arch, bench.classes, 0).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            net(x)
         forward = partial(scored, net, x, resolve_precision("auto", CPU, net))
         forward()
         times[arch] = [1e3 * timed(forward) for _ in range(7)]
-    return row("latency", times[ARCH], [{k: round(float(np.median(v)), 1) for k, v in times.items()}])
+        told[arch] = {"ms": float(np.median(times[arch])), "GFLOP": counter.get_total_flops() / 1e9}
+    rounded = {arch: {k: round(v, 1) for k, v in found.items()} for arch, found in told.items()}
+    return row("latency", times[ARCH], [rounded])
 
 
 def step_growth(arch: str, classes: int) -> float:
@@ -903,21 +923,38 @@ ROWS: dict[str, Callable[[Bench], Row]] = {
 }
 
 
-def run_rows(names: Sequence[str], store: Store, say: Callable[[str], None]) -> list[Row]:
-    """Measure rows one after the other."""
+def run_rows(
+    names: Sequence[str], prepare: Callable[[], Store], say: Callable[[str], None]
+) -> tuple[list[Row], dict[str, str]]:
+    """Measure rows one after the other.
+
+    Args:
+        names: of the rows.
+        prepare: makes the synthetic store, or finds it.
+        say: takes lines.
+
+    Returns:
+        The rows, and why those could not be measured that are missing.
+    """
+    failed: dict[str, str] = {}
     done = []
     with tempfile.TemporaryDirectory(prefix="raysed-bench-") as folder:
         server = ObjectServer(Path(folder) / "s3")
-        os.environ.update(server.environment)
+        os.environ.update(server.environment)  # before anything starts Ray, whose workers inherit it
         connect()
-        bench = Bench(store, Path(folder), server)
+        bench = Bench(prepare(), Path(folder), server)
         wanted = {turn for name in names for turn in NEEDS.get(name, ())}
         for group in GROUPS:
             if taking := [turn for turn in group if turn in wanted]:
                 bench.take_turns(taking)
         for name in names:
             began = time.monotonic()
-            found = ROWS[name](bench)
+            try:
+                found = ROWS[name](bench)
+            except (RaysedError, subprocess.SubprocessError) as error:
+                failed[name] = str(error)
+                say(f"{name:<24} NOT MEASURED: {error}")
+                continue
             done.append(found)
             verdict = {True: "met", False: "NOT MET", None: "reported"}[found.met]
             limit = (
@@ -929,7 +966,7 @@ def run_rows(names: Sequence[str], store: Store, say: Callable[[str], None]) -> 
                 f"{name:<24} {found.value:g} [{found.low:g}, {found.high:g}] {found.unit}{limit}  {verdict}  "
                 f"({time.monotonic() - began:.0f} s)\n    {found.how}"
             )
-    return done
+    return done, failed
 
 
 def result_json(rows: Sequence[Row], environment: dict[str, Any]) -> str:

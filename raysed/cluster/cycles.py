@@ -72,7 +72,7 @@ from raysed.io.model import load_init, start_from, weights_of_run
 from raysed.io.people import Request
 from raysed.io.reference import judged_by, ledgers_of
 from raysed.io.storage import Storage, digest
-from raysed.io.store import BadTile, Store, quarantine_table
+from raysed.io.store import INDEX, LOCATION, POOL, BadTile, Store, quarantine_table
 
 EXAMPLES, EXAMPLES_EVERY = 4, 5
 """Validation tiles that are pictured with label and prediction, and the cycles between pictures."""
@@ -155,8 +155,14 @@ class Worker:
         self.device = ray.train.torch.get_device() if setup.device == "cuda" else torch.device("cpu")
         self.threads = self.exp.cluster.threads or max(1, node_cpus() // context.get_local_world_size())
         torch.set_num_threads(self.threads)
-        self.store = Store.open(str(self.exp.data.uri), arm.dataset)
-        self.pool = training_rows(self.store.index, self.exp.data.held_out, unlabelled=self.exp.asks_people)
+        data, people_see = self.exp.data, self.exp.asks_people  # who are shown where tiles lie
+        store = Store.open(
+            str(data.uri), arm.dataset, INDEX.names if people_see else sorted({*POOL, *LOCATION})
+        )
+        self.store = store if people_see else store.only(LOCATION)
+        self.pool = training_rows(store.only(POOL).index, data.held_out, unlabelled=people_see)
+        judged = validation_rows(store.only(POOL).index, data.validation, data.held_out).sort_by("tile_id")
+        del store
         self.taught = self.store
         """The store that training reads from."""
         self.candidates = names_of(self.pool.sort_by("tile_id")["tile_id"])
@@ -191,8 +197,6 @@ class Worker:
             self.collects = self.keeper.collects
         self.quarantine: dict[str, BadTile] = {}
         self.state: dict[str, Any] = {}
-        data = self.exp.data
-        judged = validation_rows(self.store.index, data.validation, data.held_out).sort_by("tile_id")
         self.validation: list[str] = judged["tile_id"].to_pylist()
         self.sources: list[str] = sorted(set(judged["source"].to_pylist()))
         at = {source: number for number, source in enumerate(self.sources)}

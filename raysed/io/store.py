@@ -17,7 +17,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import overload
 
@@ -73,6 +73,9 @@ QUARANTINE = pa.schema([("tile_id", pa.string()), ("reason", pa.string()), ("sha
 LOCATION = [
     f.name for f in INDEX if f.name in ("tile_id", "sha256", "shard") or f.name.endswith(("offset", "length"))
 ]
+"""Columns of the index that tiles are read by."""
+POOL = ["tile_id", "region", "source", "split", "pixels", "ambiguous", "shard", "label_offset"]
+"""Columns of the index that tiles are chosen by."""
 
 
 @dataclass(frozen=True)
@@ -275,15 +278,16 @@ class Store:
     storage: Storage
     dataset: Dataset
     index: pa.Table
-    """Rows of `INDEX`, sorted by tile_id."""
+    """Rows of `INDEX`, sorted by tile_id, or some of its columns."""
 
     @classmethod
-    def open(cls, uri: str, content_hash: str | None = None) -> "Store":
+    def open(cls, uri: str, content_hash: str | None = None, columns: Sequence[str] = INDEX.names) -> "Store":
         """Open the store at a URI.
 
         Args:
             uri: of the store.
             content_hash: of the version wanted; None takes the newest.
+            columns: of the index, of which 10^7 tiles have gigabytes.
 
         Raises:
             UsageError: nothing there, unfinished, or no version of that hash.
@@ -307,10 +311,14 @@ class Store:
                 path = f"{folder(dataset.version - 1)}/dataset.json"
                 dataset = _dataset(storage, path)
             path = dataset.path("index.parquet")
-            index = pq.read_table(io.BytesIO(storage.read(path)), schema=INDEX).combine_chunks()
+            index = _read_index(storage.read(path), columns)
         except FileNotFoundError as error:
             raise DataError(f"{storage.uri}/{path} is missing: the store is damaged") from error
         return cls(storage, dataset, index)
+
+    def only(self, columns: Sequence[str]) -> "Store":
+        """The same with some columns of the index."""
+        return replace(self, index=self.index.select(columns))
 
     def split(self, name: str) -> pa.Table:
         """Rows of the index of one split."""
@@ -336,6 +344,13 @@ class Store:
             missing = wanted.filter(pc.is_null(at))[0].as_py()
             raise UsageError(f"tile {missing} is not in the store {self.storage.uri}")
         return Locations(self.index.select(LOCATION), at)
+
+
+def _read_index(file: bytes, columns: Sequence[str]) -> pa.Table:
+    """Columns one by one: joining the pieces of all of them at once would take their memory twice."""
+    fields = [INDEX.field(name) for name in columns]
+    read = [pq.read_table(io.BytesIO(file), schema=pa.schema([f])).column(0).combine_chunks() for f in fields]
+    return pa.table(read, schema=pa.schema(fields))
 
 
 class Locations(Sequence[dict]):
