@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -46,7 +46,15 @@ from raysed.core.pool import names_of, without
 from raysed.core.randomness import keyed_rng
 from raysed.core.scores import ScoreTable
 from raysed.core.splits import training_rows
-from raysed.core.step import DTYPES, Learner, MicroBatch, Precision, resolve_precision, to_device
+from raysed.core.step import (
+    DTYPES,
+    Learner,
+    MicroBatch,
+    Precision,
+    resolve_precision,
+    to_device,
+    train_grouped_in_fp32,
+)
 from raysed.core.tiles import LandClass
 from raysed.core.uncertainty import log_probabilities, tile_scores
 from raysed.core.windows import axis
@@ -390,6 +398,8 @@ def plain_loop(bench: Bench) -> Callable[[Any], None]:
     adam = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], 1e-3)
     alpha = torch.from_numpy(bench.alpha)
     dtype = DTYPES[bench.precision]
+    if bench.precision == "bf16":
+        train_grouped_in_fp32(net)  # what our step gains by it is the row of precision's
 
     def loop(loader: Any) -> None:
         for k, (images, labels) in enumerate(loader):
@@ -741,7 +751,7 @@ def controller_costs(uri: str) -> tuple[list[float], float]:
         table_bytes(scores)
 
     seconds = [timed(cycle) for _ in range(3)]
-    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return seconds, most_held()
 
 
 def write_index(uri: str, exponent: int) -> None:
@@ -838,13 +848,19 @@ def latency(bench: Bench) -> Row:
 
 def step_growth(arch: str, classes: int) -> float:
     """GiB by which this process grows at most while it makes a network and takes a training step."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = psutil.Process().memory_info().rss / 2**30
     net = networks.build(arch, classes, 0)
     precision = resolve_precision("auto", CPU, net)
     learner = Learner(net, alpha=np.ones(classes, np.float32), gamma=2, batch=4, precision=precision)
     tiles = np.zeros((4, 256, 256, 3), np.uint8), np.ones((4, 256, 256), np.uint8)
     learner.step([MicroBatch(0, *to_device(*tiles, CPU))], lr=1e-6, key=("bench",), total=1)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    return most_held() - before
+
+
+def most_held() -> float:
+    """GiB that this process has held at most; what `getrusage` tells counts the process that it was forked from."""
+    [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")]
+    return int(line.split()[1]) / 2**20
 
 
 def step_memory(bench: Bench) -> Row:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -10,12 +11,18 @@ from pathlib import Path
 import psutil
 import pytest
 
+from raysed import cli
+
 ROOT = Path(__file__).resolve().parents[2]
 FAST = [
     *("--arch", "unet:resnet18", "--select.tiles", "24", "--optim.lr", "1e-3", "--optim.micro-batch", "4"),
     *("--cluster.chunk", "16", "--scorers", "1", "--cluster.reader-cpus", "0.6"),
 ]  # fmt: skip
 """A small network on few tiles."""
+STABLE = [
+    *("--optim.ema", "0.99", "--optim.norm-tiles", "32", "--optim.clip", "1", "--optim.weight-decay", "0.01"),
+]
+"""All stabilisers."""
 
 
 def command(job: str, *argv: str) -> list[str]:
@@ -64,10 +71,22 @@ def start(job: str, *argv: str, **extra: str) -> subprocess.Popen[str]:
     )
 
 
-def kill_at(point: str, job: str, *argv: str) -> None:
+def refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], job: str, *argv: str, code: int
+) -> str:
+    """The error line of a job that ends before it trains, in this process: what its imports take is no part of what is tested."""
+    monkeypatch.setattr(sys, "argv", [job, *argv])
+    with pytest.raises(SystemExit) as ended:
+        cli.main(runpy.run_path(str(ROOT / "jobs" / f"{job}.py"))["job"])
+    assert ended.value.code == code
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def kill_at(point: str, job: str, *argv: str, **extra: str) -> None:
     """Start a job that waits at a named point and SIGKILL its process group there."""
     process = subprocess.Popen(
-        command(job, *argv), cwd=ROOT, env=environment(RAYSED_HOLD=point), stdout=subprocess.PIPE, text=True,
+        command(job, *argv), cwd=ROOT, env=environment(RAYSED_HOLD=point, **extra), stdout=subprocess.PIPE, text=True,
         start_new_session=True,
     )  # fmt: skip
     children = []
