@@ -44,10 +44,10 @@ def test_a_run_in_a_bucket_with_the_least_rights_killed_inside_a_cycle_equals_th
     estimated from are drawn again.
     """
     remote = run(
-        "prepare", "--source", "synthetic", "--scenes", "20", "--tile", "64", "--json", "--target", f"{bucket}/tiles",
+        "prepare", "--source", "synthetic", "--scenes", "10", "--tile", "64", "--json", "--target", f"{bucket}/tiles",
         **object_server.environment,
     )  # fmt: skip
-    disk = prepare(None, synthetic(20), str(tmp_path / "tiles"), Settings(tile=64), say=lambda _: None)
+    disk = prepare(None, synthetic(10), str(tmp_path / "tiles"), Settings(tile=64), say=lambda _: None)
     assert json.loads(remote.stdout) == disk
     flags = ["--cycles", "3", "--select.scores", "byproduct", *FAST, *STABLE]
     flags += ["--cluster.commit-every-steps", "1"]
@@ -89,7 +89,7 @@ def test_a_run_in_a_bucket_with_the_least_rights_killed_inside_a_cycle_equals_th
     assert [p for p in left if p.startswith("tensorboard/")]
     assert not [p for p in left if "step_" in p]
     scored = [m.record["scores"]["tiles"] for m in there.manifests()]
-    assert scored == [64, 31, 31]  # 24 visited and 7 oldest
+    assert scored == [128, 37, 37]  # 24 visited and 13 oldest
     verified = run("report", f"{bucket}/run", "--verify", **object_server.environment)
     assert "verified: 3 cycles" in verified.stdout
 
