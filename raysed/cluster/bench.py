@@ -63,7 +63,7 @@ from raysed.io.imagery import find_images
 from raysed.io.ledger import Ledger, choose, selection_table, table_bytes
 from raysed.io.model import of_run
 from raysed.io.storage import Storage
-from raysed.io.store import INDEX, LOCATION, POOL, Dataset, Store, Tile, read_tiles
+from raysed.io.store import INDEX, LOCATION, POOL, TRAINING, Dataset, Store, Tile, read_tiles
 
 CPU = torch.device("cpu")
 ARCH = "efficientunet-b0"
@@ -250,14 +250,9 @@ def bare_costs(bench: Bench, threads: int) -> tuple[float, float, float]:
     torch.set_num_threads(threads)
     learner = bench.learner()
     tiles = bench.tiles(16)
-    micro = []
-    for k in range(2):
-        part = tiles[8 * k : 8 * k + 8]
-        images, labels = (
-            np.stack([t.image for t in part]),
-            np.stack([t.label for t in part if t.label is not None]),
-        )
-        micro.append(MicroBatch(k, *to_device(images, labels, CPU)))
+    micro = _halves(
+        np.stack([t.image for t in tiles]), np.stack([t.label for t in tiles if t.label is not None])
+    )
     whole = (
         torch.cat([m.images for m in micro]).contiguous(memory_format=torch.channels_last),
         torch.cat([m.target for m in micro]),
@@ -277,6 +272,13 @@ def bare_costs(bench: Bench, threads: int) -> tuple[float, float, float]:
         action()
         found.append(float(np.median([timed(action) for _ in range(5)])) / 16)
     return found[0], found[1], found[2]
+
+
+def _halves(images: np.ndarray, labels: np.ndarray) -> list[MicroBatch]:
+    """A step of 16 tiles as two micro-batches."""
+    return [
+        MicroBatch(k, *to_device(images[8 * k : 8 * k + 8], labels[8 * k : 8 * k + 8], CPU)) for k in range(2)
+    ]
 
 
 APART_SECONDS = 4.0
@@ -310,9 +312,7 @@ def _apart(rank: int, folder: str, count: int, act: str, shape: tuple[int, int])
     images = rng.integers(0, 256, (16, side, side, 3), np.uint8)
     labels = rng.integers(1, classes + 1, (16, side, side)).astype(np.uint8)
     whole = to_device(images, labels, CPU)[0]
-    micro = [
-        MicroBatch(k, *to_device(images[8 * k : 8 * k + 8], labels[8 * k : 8 * k + 8], CPU)) for k in range(2)
-    ]
+    micro = _halves(images, labels)
 
     def once() -> None:
         if act == "scores":
@@ -733,7 +733,7 @@ def bytes_fetched(bench: Bench) -> Row:
 def controller_costs(uri: str) -> tuple[list[float], float]:
     """Seconds of what rank 0 does in a cycle for the tiles of a store, and the most GiB that this process has held, opening it included."""
     rng = np.random.default_rng(0)
-    store = Store.open(uri, None, sorted({*POOL, *LOCATION}))
+    store = Store.open(uri, None, TRAINING)
     n = len(store.index)
     pool, store = training_rows(store.only(POOL).index, None), store.only(LOCATION)
     candidates = names_of(pool.sort_by("tile_id")["tile_id"])

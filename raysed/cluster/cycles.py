@@ -72,7 +72,7 @@ from raysed.io.model import load_init, start_from, weights_of_run
 from raysed.io.people import Request
 from raysed.io.reference import judged_by, ledgers_of
 from raysed.io.storage import Storage, digest
-from raysed.io.store import INDEX, LOCATION, POOL, BadTile, Store, quarantine_table
+from raysed.io.store import INDEX, LOCATION, POOL, TRAINING, BadTile, Store, quarantine_table
 
 EXAMPLES, EXAMPLES_EVERY = 4, 5
 """Validation tiles that are pictured with label and prediction, and the cycles between pictures."""
@@ -156,9 +156,7 @@ class Worker:
         self.threads = self.exp.cluster.threads or max(1, node_cpus() // context.get_local_world_size())
         torch.set_num_threads(self.threads)
         data, people_see = self.exp.data, self.exp.asks_people  # who are shown where tiles lie
-        store = Store.open(
-            str(data.uri), arm.dataset, INDEX.names if people_see else sorted({*POOL, *LOCATION})
-        )
+        store = Store.open(str(data.uri), arm.dataset, INDEX.names if people_see else TRAINING)
         self.store = store if people_see else store.only(LOCATION)
         self.pool = training_rows(store.only(POOL).index, data.held_out, unlabelled=people_see)
         judged = validation_rows(store.only(POOL).index, data.validation, data.held_out).sort_by("tile_id")

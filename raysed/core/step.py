@@ -37,7 +37,7 @@ def resolve_precision(
     """`auto` as what the device computes this network fastest in: bf16 where it is native, else fp16 on GPUs and fp32 on CPUs.
 
     A CPU with bf16 vectors but no bf16 matrix units trains the classic U-Net 1.9 times as fast in bf16, and networks with grouped
-    convolutions at 0.75 to 0.9 of fp32 (AMD Zen 4).  One with neither emulates bf16, measured 10 times slower than fp32.
+    convolutions, computed in bf16 too, at 0.75 to 0.9 of fp32 (AMD Zen 4).  One with neither emulates bf16, measured 10 times slower than fp32.
 
     Args:
         wanted: auto, fp32, bf16 or fp16.

@@ -76,6 +76,8 @@ LOCATION = [
 """Columns of the index that tiles are read by."""
 POOL = ["tile_id", "region", "source", "split", "pixels", "ambiguous", "shard", "label_offset"]
 """Columns of the index that tiles are chosen by."""
+TRAINING = sorted({*LOCATION, *POOL})
+"""Columns of the index that a run needs which shows its tiles to nobody."""
 
 
 @dataclass(frozen=True)

@@ -243,15 +243,13 @@ def _selection(committed: Committed, store: Store | None) -> str:
     covered = {a: diagnostics.coverage(c, len(pool)) for a, c in cycles.items()}
     chosen = {a: [t for ids in c for t in ids] for a, c in cycles.items()}
     regions = dict(list(diagnostics.region_shares(pool).items())[:REGIONS])
-    by_class = {a: diagnostics.class_shares(labelled(pool), names, ids) for a, ids in chosen.items()}
+    known = labelled(pool)
+    by_class = {a: diagnostics.class_shares(known, names, ids) for a, ids in chosen.items()}
     by_region = {a: diagnostics.region_shares(pool, ids) for a, ids in chosen.items()}
     never = "; ".join(f"{a} never selected {1 - c[-1]:.1%} of {len(pool)} tiles" for a, c in covered.items())
     bars = [
         figures.share_bars(
-            diagnostics.class_shares(labelled(pool), names),
-            by_class,
-            "share of pixels by class",
-            legend=False,
+            diagnostics.class_shares(known, names), by_class, "share of pixels by class", legend=False
         ),
         figures.share_bars(regions, by_region, f"share of tiles by region (at most {REGIONS})", legend=False),
     ]

@@ -71,16 +71,16 @@ def start(job: str, *argv: str, **extra: str) -> subprocess.Popen[str]:
     )
 
 
-def refused(
+def run_here(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], job: str, *argv: str, code: int
-) -> str:
-    """The error line of a job that ends before it trains, in this process: what its imports take is no part of what is tested."""
+) -> subprocess.CompletedProcess[str]:
+    """A job that ends before it trains, in this process: what its imports take is no part of what is tested."""
     monkeypatch.setattr(sys, "argv", [job, *argv])
     with pytest.raises(SystemExit) as ended:
         cli.main(runpy.run_path(str(ROOT / "jobs" / f"{job}.py"))["job"])
     assert ended.value.code == code
-    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    return line
+    said = capsys.readouterr()
+    return subprocess.CompletedProcess([job, *argv], code, said.out, said.err)
 
 
 def kill_at(point: str, job: str, *argv: str, **extra: str) -> None:

@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 import rasterio
-from processes import FAST, ROOT, STABLE, error_line, kill_at, refused, run, start
+from processes import FAST, ROOT, STABLE, error_line, kill_at, run, run_here, start
 
 from raysed.cluster.chaos import small_store as small_store_at
 from raysed.cluster.faultproxy import FaultProxy, Rule
@@ -183,9 +183,9 @@ def test_a_bucket_that_cannot_be_used_is_one_line(bucket, monkeypatch, capsys, c
     for name, value in change.items():
         monkeypatch.setenv(name, value)
     flags = ["--data", f"{bucket}/tiles", "--run", f"{bucket}/run", "--cycles", "1", *FAST, *argv]
-    line = refused(monkeypatch, capsys, "train", *flags, code=code)
-    assert "s3://" in line
-    assert "wrong-secret" not in line
+    done = run_here(monkeypatch, capsys, "train", *flags, code=code)
+    assert "s3://" in error_line(done)
+    assert "wrong-secret" not in done.stderr
     assert time.monotonic() - began < 90
 
 

@@ -9,7 +9,7 @@ import urllib.request
 
 import pyarrow.parquet as pq
 import pytest
-from processes import FAST, STABLE, error_line, kill_at, refused, run, start
+from processes import FAST, STABLE, error_line, kill_at, run, run_here, start
 from safetensors.torch import load, save
 
 from raysed.cluster.local import terminated
@@ -186,8 +186,8 @@ def test_two_arms_make_a_summary_and_a_report(small_store, tmp_path, monkeypatch
         "--arch",
         "efficientunet-b0",
     ]
-    line = refused(monkeypatch, capsys, "train", *flags, code=2)
-    assert "select.strategy: 'entropy' there, 'uniform' now" in line
+    refused = run_here(monkeypatch, capsys, "train", *flags, code=2)
+    assert "select.strategy: 'entropy' there, 'uniform' now" in error_line(refused)
 
 
 @pytest.mark.slow
@@ -316,6 +316,5 @@ def stores(small_store, unlabelled_store):
 )
 def test_bad_input_is_one_line_and_a_code(stores, tmp_path, monkeypatch, capsys, argv, code, text):  # noqa: PLR0917
     argv = ["--run", str(tmp_path / "r"), *(stores.get(a, a) for a in argv)]
-    line = refused(monkeypatch, capsys, "train", *argv, code=code)
-    assert text in line
+    assert text in error_line(run_here(monkeypatch, capsys, "train", *argv, code=code))
     assert not (tmp_path / "r" / "cycle_0000").exists()
