@@ -229,7 +229,7 @@ class Bench:
     @cached_property
     def precision(self) -> Precision:
         """In which this machine is fastest for `ARCH`."""
-        return resolve_precision("auto", CPU, networks.build(ARCH, self.classes, 0))
+        return resolve_precision("auto", CPU)
 
 
 def timed(action: Callable[[], Any]) -> float:
@@ -306,7 +306,7 @@ def _apart(rank: int, folder: str, count: int, act: str, shape: tuple[int, int])
     torch.set_num_threads(1)
     classes, side = shape
     net = networks.build(ARCH, classes, 0)
-    precision = resolve_precision("auto", CPU, net)
+    precision = resolve_precision("auto", CPU)
     learner = Learner(net, alpha=np.ones(classes, np.float32), gamma=2, batch=16, precision=precision)
     rng = np.random.default_rng(rank)
     images = rng.integers(0, 256, (16, side, side, 3), np.uint8)
@@ -518,7 +518,7 @@ def all_reduce(rank: int, folder: str, size: int) -> None:
 def precision(bench: Bench, name: str, arch: str) -> Row:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     net = networks.build(arch, bench.classes, 0)
-    found = resolve_precision("auto", CPU, net)
+    found = resolve_precision("auto", CPU)
     ours = Learner(net, alpha=bench.alpha, gamma=2, batch=8, precision=found)
     net = networks.build(arch, bench.classes, 0)
     plain = Learner(net, alpha=bench.alpha, gamma=2, batch=8, precision="fp32")
@@ -553,7 +553,7 @@ def predict_over_bare(bench: Bench) -> Row:
         short, model.record.tile_size, settings
     )
     net = model.network().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    precision = resolve_precision("auto", CPU, net)
+    precision = resolve_precision("auto", CPU)
     images = np.stack([t.image for t in bench.tiles(BATCH)])
     targets = itertools.count()
 
@@ -838,7 +838,7 @@ def latency(bench: Bench) -> Row:
         net = networks.build(arch, bench.classes, 0).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             net(x)
-        forward = partial(scored, net, x, resolve_precision("auto", CPU, net))
+        forward = partial(scored, net, x, resolve_precision("auto", CPU))
         forward()
         times[arch] = [1e3 * timed(forward) for _ in range(7)]
         told[arch] = {"ms": float(np.median(times[arch])), "GFLOP": counter.get_total_flops() / 1e9}
@@ -850,7 +850,7 @@ def step_growth(arch: str, classes: int) -> float:
     """GiB by which this process grows at most while it makes a network and takes a training step."""
     before = psutil.Process().memory_info().rss / 2**30
     net = networks.build(arch, classes, 0)
-    precision = resolve_precision("auto", CPU, net)
+    precision = resolve_precision("auto", CPU)
     learner = Learner(net, alpha=np.ones(classes, np.float32), gamma=2, batch=4, precision=precision)
     tiles = np.zeros((4, 256, 256, 3), np.uint8), np.ones((4, 256, 256), np.uint8)
     learner.step([MicroBatch(0, *to_device(*tiles, CPU))], lr=1e-6, key=("bench",), total=1)

@@ -290,7 +290,7 @@ class Worker:
         alike = first and torch.device(first.record["device"]).type == self.device.type
         begun = first.record["precision"] if first and alike else None
         found = common_precision(
-            self._everyone(resolve_precision(self.exp.optim.precision, self.device, net, begun))
+            self._everyone(resolve_precision(self.exp.optim.precision, self.device, begun))
         )
         if first and first.record["precision"] != found and self.rank == 0:
             self._say(f"computes in {found}, begun in {first.record['precision']}")

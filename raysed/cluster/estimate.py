@@ -231,7 +231,7 @@ def measure(experiment: Experiment, classes: int, side: int, device: str) -> tup
         alpha=np.ones(classes, np.float32),
         gamma=experiment.loss.gamma,
         batch=experiment.optim.batch,
-        precision=resolve_precision(experiment.optim.precision, place, net),
+        precision=resolve_precision(experiment.optim.precision, place),
         ordered_sums=False,
     )
     rng, size = np.random.default_rng(0), experiment.optim.micro_batch

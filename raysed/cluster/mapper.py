@@ -200,7 +200,7 @@ class BlockMapper:
         self.task, self.device = task, torch.device(device)
         net = Model(task.record, weights).network().to(self.device)
         self.net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.dtype = DTYPES[resolve_precision("auto", self.device, net)]
+        self.dtype = DTYPES[resolve_precision("auto", self.device)]
         codes = [c.source_id for c in task.record.classes]
         self.codes = torch.tensor(codes, dtype=torch.uint8, device=self.device)
 

@@ -122,14 +122,14 @@ def check_cog(path: Path) -> None:
     assert valid, faults
 
 
-def precision_here(net: model.Model) -> str:
-    return resolve_precision("auto", torch.device("cpu"), net.network())
+def precision_here() -> str:
+    return resolve_precision("auto", torch.device("cpu"))
 
 
 def direct(net: model.Model, image: np.ndarray) -> np.ndarray:
     """(H, W) class ids of an image of whole tiles, tile by tile, in the precision of maps on this machine."""
     network, out = net.network(), np.zeros(image.shape[:2], np.uint8)
-    dtype = DTYPES[precision_here(net)]
+    dtype = DTYPES[precision_here()]
     for y in range(0, image.shape[0], SIDE):
         for x in range(0, image.shape[1], SIDE):
             tile = torch.from_numpy(image[y : y + SIDE, x : x + SIDE].copy()).permute(2, 0, 1)[None] / 255
@@ -180,7 +180,7 @@ def test_a_geotiff_becomes_a_cloud_optimized_one_at_the_same_place(ray_session, 
 
 @pytest.mark.ray
 def test_maps_without_overlap_are_those_of_the_tiles_and_so_are_the_scores(ray_session, tmp_path):
-    grouped = "unet:tu-test_efficientnet"  # in fp32 unless this CPU has matrix units: then the map is exact
+    grouped = "unet:tu-test_efficientnet"  # the map is exact where this CPU computes in fp32
     net, counts = small_model(grouped), np.zeros((5, 5), np.int64)
     for i in range(2):
         image = pixels(128, 192, seed=i)
@@ -197,7 +197,7 @@ def test_maps_without_overlap_are_those_of_the_tiles_and_so_are_the_scores(ray_s
     assert found == result["metrics"]
     with rasterio.open(tmp_path / "out/town_1.tif") as made:
         same = np.mean(made.read(1) == expected)
-    if precision_here(net) == "bf16":  # a batch of tiles and one alone differ in the last of eight bits
+    if precision_here() == "bf16":  # a batch of tiles and one alone differ in the last of eight bits
         assert same > 0.99
         assert found["counts"] == pytest.approx(counts, rel=0.05, abs=20)
         return

@@ -337,21 +337,18 @@ def test_cosine_starts_at_the_base_and_ends_near_zero():
 
 
 @pytest.mark.parametrize(
-    ("matrices", "vectors", "dense", "grouped"),
-    [(True, True, "bf16", "bf16"), (False, True, "bf16", "fp32"), (False, False, "fp32", "fp32")],
+    ("matrices", "vectors", "native"),
+    [(True, True, "bf16"), (False, True, "bf16"), (False, False, "fp32")],
 )
-def test_auto_is_the_precision_in_which_this_cpu_is_fastest(monkeypatch, matrices, vectors, dense, grouped):
+def test_auto_is_the_precision_in_which_this_cpu_is_fastest(monkeypatch, matrices, vectors, native):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrices)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: vectors)
-    cpu, conv = torch.device("cpu"), nn.Conv2d(4, 4, 3)
-    depthwise = nn.Sequential(conv, torch.nn.Conv2d(4, 4, 3, groups=4))
-    assert resolve_precision("auto", cpu, conv) == dense
-    assert resolve_precision("auto", cpu, depthwise) == grouped
-    assert resolve_precision("fp32", cpu, conv) == "fp32"
-    for net in (conv, depthwise):
-        assert resolve_precision("auto", cpu, net, "fp32") == "fp32"
-        assert resolve_precision("auto", cpu, net, "bf16") == ("bf16" if vectors else "fp32")
-        assert resolve_precision("bf16", cpu, net, "fp32") == "bf16"
+    cpu = torch.device("cpu")
+    assert resolve_precision("auto", cpu) == native
+    assert resolve_precision("fp32", cpu) == "fp32"
+    assert resolve_precision("auto", cpu, "fp32") == "fp32"
+    assert resolve_precision("auto", cpu, "bf16") == native
+    assert resolve_precision("bf16", cpu, "fp32") == "bf16"
 
 
 def test_ranks_of_several_kinds_of_devices_compute_in_one_precision():
