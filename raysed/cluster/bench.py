@@ -42,7 +42,7 @@ from raysed.core import networks
 from raysed.core.augment import augment, to_uint8
 from raysed.core.losses import class_weights, focal_loss_sum
 from raysed.core.plan import plan
-from raysed.core.pool import names_of, without
+from raysed.core.pool import sorted_names, without
 from raysed.core.randomness import keyed_rng
 from raysed.core.scores import ScoreTable
 from raysed.core.splits import training_rows
@@ -736,7 +736,7 @@ def controller_costs(uri: str) -> tuple[list[float], float]:
     store = Store.open(uri, None, TRAINING)
     n = len(store.index)
     pool, store = training_rows(store.only(POOL).index, None), store.only(LOCATION)
-    candidates = names_of(pool.sort_by("tile_id")["tile_id"])
+    candidates = sorted_names(pool["tile_id"])
     experiment = Experiment(select=SelectConfig(strategy="entropy"))
 
     def cycle() -> None:

@@ -40,7 +40,7 @@ from raysed.core.counts import iou_of_sums
 from raysed.core.labelling import bought, rows_bought
 from raysed.core.losses import class_weights
 from raysed.core.plan import Plan, norm_plan, plan
-from raysed.core.pool import Selection, matrix, names_of, without
+from raysed.core.pool import Selection, matrix, names_of, sorted_names, without
 from raysed.core.splits import training_rows, validation_rows
 from raysed.core.statistics import LAST
 from raysed.core.step import (
@@ -163,7 +163,7 @@ class Worker:
         del store
         self.taught = self.store
         """The store that training reads from."""
-        self.candidates = names_of(self.pool.sort_by("tile_id")["tile_id"])
+        self.candidates = sorted_names(self.pool["tile_id"])
         self.ledger = Ledger(Storage(str(self.exp.run)), arm.epoch, start)
         dataset = self.store.dataset
         self.names = [c.name for c in dataset.classes]
@@ -535,7 +535,7 @@ class Worker:
         rows = self.pool.filter(pc.is_in(self.pool["tile_id"], ids))
         shares, _ = judged_by(ledgers, rows)
         return [
-            (names_of(own.sort_by("tile_id")["tile_id"]), partial(newest, ledger))
+            (sorted_names(own["tile_id"]), partial(newest, ledger))
             for ledger, own in zip(ledgers, shares, strict=True)
             if len(own)
         ]

@@ -237,7 +237,10 @@ def _finish(
     if base:
         tried = {s.name for s in layout.sources}
         quarantine += [b for b in _quarantined(base) if b.tile_id not in tried]
-        index, dropped = pa.concat_tables([base.index, index]), dropped + base.dataset.dropped_pixels
+        index, dropped = (
+            pa.concat_tables([base.index.cast(store.INDEX), index]),
+            dropped + base.dataset.dropped_pixels,
+        )
     store.finish(
         storage,
         name=base.dataset.name if base else layout.name,

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -34,8 +35,9 @@ class Pool:
 
     def __init__(self, scores: pa.Table | None, index: pa.Table) -> None:
         self._scores, self._index = scores, index
-        self._order = pc.sort_indices(index["tile_id"])
-        self._ids = index["tile_id"].take(self._order)
+        names = names_of(index["tile_id"])
+        self._order = None if is_sorted(names) else pc.sort_indices(names)
+        self._ids = names if self._order is None else names.take(self._order)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -43,7 +45,7 @@ class Pool:
     @cached_property
     def ids(self) -> np.ndarray:
         """(N,) str; as Python objects, three times the memory that the tables hold them in."""
-        return self._ids.to_numpy()
+        return self._ids.to_numpy(zero_copy_only=False)
 
     def score(self, name: str) -> np.ndarray:
         """(N,) float64 column of the scores; nan for a tile that has none."""
@@ -71,8 +73,10 @@ class Pool:
         return self.pixels / np.maximum(self.pixels.sum(1, keepdims=True), 1)
 
     def codes(self, name: str) -> np.ndarray:
-        """(N,) int group number of a string column of the index, such as the region."""
-        return self._column(name).combine_chunks().dictionary_encode().indices.to_numpy()
+        """(N,) int group number of a column of names, such as the region, in the order in which the groups come."""
+        column = self._column(name).combine_chunks()
+        named = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+        return pd.factorize(named.indices.to_numpy())[0]
 
     def selection(
         self,
@@ -86,7 +90,7 @@ class Pool:
         return Selection(self._ids.take(pa.array(at)).to_pylist(), own, reasons, state or {})
 
     def _column(self, name: str) -> pa.ChunkedArray:
-        return self._index[name].take(self._order)
+        return self._index[name] if self._order is None else self._index[name].take(self._order)
 
     def _scored(self, name: str) -> pa.ChunkedArray:
         assert self._scores is not None
@@ -94,18 +98,29 @@ class Pool:
         return column if self._rows is None else column.take(self._rows)
 
     @cached_property
-    def _rows(self) -> pa.ChunkedArray | None:
+    def _rows(self) -> pa.Array | None:
         """Of the scores, one a tile; None if they are just these tiles in this order: a join of 10^7 costs seconds and 0.8 GiB."""
         assert self._scores is not None
         known = self._scores["tile_id"]
-        return None if known.equals(self._ids) else pc.index_in(self._ids, value_set=known)
+        return None if names_of(known).equals(self._ids) else pc.index_in(self._ids, value_set=known)
 
 
 def names_of(ids: Iterable[str] | pa.StringArray | pa.ChunkedArray) -> pa.StringArray:
     """(N,) tile ids as one array, a third of the memory that they take as Python objects."""
     if isinstance(ids, pa.ChunkedArray):
-        return ids.combine_chunks()
+        return ids.chunk(0) if ids.num_chunks == 1 else ids.combine_chunks()
     return ids if isinstance(ids, pa.Array) else pa.array(ids, pa.string())
+
+
+def is_sorted(ids: pa.StringArray) -> bool:
+    """Whether no tile id is below the one before it."""
+    return bool(pc.all(pc.less_equal(ids[:-1], ids[1:])).as_py())
+
+
+def sorted_names(ids: Iterable[str] | pa.StringArray | pa.ChunkedArray) -> pa.StringArray:
+    """`names_of`, in order; no copy of what is in order."""
+    names = names_of(ids)
+    return names if is_sorted(names) else names.take(pc.sort_indices(names))
 
 
 def without(ids: pa.StringArray, others: Iterable[str]) -> pa.StringArray:

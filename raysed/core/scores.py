@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raysed.core.pool import matrix, names_of
+from raysed.core.pool import matrix, names_of, sorted_names
 
 SMOOTHING = 0.5
 """Share of a new visit in a tile's smoothed statistics."""
@@ -35,20 +35,14 @@ class ScoreTable:
     @classmethod
     def unknown(cls, ids: Iterable[str] | pa.StringArray, classes: int) -> "ScoreTable":
         """Nothing is known yet."""
-        names = names_of(ids)
+        names = sorted_names(ids)
         n = len(names)
         return cls(
-            names.take(pc.sort_indices(names)),
-            np.full((n, 2 + classes), np.nan, np.float32),
-            np.full((n, 1 + classes), np.nan, np.float32),
-            np.full(n, NEVER, np.int32),
+            names, _unknown(n, 2 + classes), _unknown(n, 1 + classes), np.broadcast_to(np.int32(NEVER), n)
         )
 
     def _at(self, ids: list[str] | pa.StringArray) -> np.ndarray:
-        names = names_of(ids)
-        if names.equals(self.ids):  # a pass over the whole pool: a join of 10^7 costs seconds and half a GiB
-            return np.arange(len(names))
-        at = pc.index_in(names, value_set=self.ids)
+        at = pc.index_in(names_of(ids), value_set=self.ids)
         assert not at.null_count, "a tile that is not in the pool"
         return at.to_numpy()
 
@@ -59,8 +53,9 @@ class ScoreTable:
             return self
         found = pc.index_in(fresh.ids, value_set=self.ids)
         to, at = np.flatnonzero(found.is_valid()), found.drop_null().to_numpy()
-        fresh.scored[to], fresh.loss[to], fresh.age[to] = self.scored[at], self.loss[at], self.age[at]
-        return fresh
+        scored, loss, age = fresh.scored.copy(), fresh.loss.copy(), fresh.age.copy()
+        scored[to], loss[to], age[to] = self.scored[at], self.loss[at], self.age[at]
+        return replace(fresh, scored=scored, loss=loss, age=age)
 
     def older(self) -> "ScoreTable":
         """A cycle has passed."""
@@ -73,6 +68,10 @@ class ScoreTable:
             ids: n tiles.
             rows: of these tiles.
         """
+        if self.ids.equals(names_of(ids)):
+            return replace(
+                self, scored=np.asarray(rows, np.float32), age=np.broadcast_to(np.int32(0), len(rows))
+            )
         scored, age, at = self.scored.copy(), self.age.copy(), self._at(ids)
         scored[at], age[at] = rows, 0
         return replace(self, scored=scored, age=age)
@@ -120,18 +119,14 @@ class ScoreTable:
     @classmethod
     def from_table(cls, table: pa.Table, classes: int) -> "ScoreTable":
         """Inverse of `table`."""
-        empty = cls.unknown(names_of(table["tile_id"]), classes)
-        for name, target in (
-            ("entropy", empty.scored[:, 0]),
-            ("margin", empty.scored[:, 1]),
-            ("loss", empty.loss[:, 0]),
-        ):
+        names = names_of(table["tile_id"])
+        scored, loss = (np.full((len(names), n + classes), np.nan, np.float32) for n in (2, 1))
+        for name, target in (("entropy", scored[:, 0]), ("margin", scored[:, 1]), ("loss", loss[:, 0])):
             target[:] = table[name].to_numpy()
-        for name, block in (("mass", empty.scored[:, 2:]), ("class_loss", empty.loss[:, 1:])):
+        for name, block in (("mass", scored[:, 2:]), ("class_loss", loss[:, 1:])):
             if table[name].null_count < len(table):
                 block[:] = matrix(table[name])
-        empty.age[:] = table["age"].to_numpy()
-        return empty
+        return cls(names, scored, loss, table["age"].to_numpy())
 
 
 def calibrated(visits: np.ndarray, sample: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -153,10 +148,18 @@ def _smoothed(before: np.ndarray, new: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(before), new, (1 - SMOOTHING) * before + SMOOTHING * new)
 
 
+def _unknown(tiles: int, width: int) -> np.ndarray:
+    """(N, width) of nan, in the memory of one: losses of 10^7 tiles that nobody asks for would take a third of a GiB."""
+    return np.broadcast_to(np.float32(np.nan), (tiles, width))
+
+
 def _nullable(values: np.ndarray) -> pa.Array:
     return pa.array(values, pa.float32(), mask=np.isnan(values))
 
 
 def _lists(rows: np.ndarray) -> pa.Array:
+    missing = np.isnan(rows).any(1)
+    if missing.all():
+        return pa.nulls(len(rows), pa.list_(pa.float32()))
     offsets = pa.array(np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1])
-    return pa.ListArray.from_arrays(offsets, rows.reshape(-1), mask=pa.array(np.isnan(rows).any(1)))
+    return pa.ListArray.from_arrays(offsets, rows.reshape(-1), mask=pa.array(missing))

@@ -10,7 +10,7 @@ from raysed.core.tiles import OPENEARTHMAP, pixel_counts, tile_id
 from raysed.errors import DataError, UsageError
 from raysed.io import codec, store
 from raysed.io.storage import Storage
-from raysed.io.store import BadTile, Store, Tile, read_tiles
+from raysed.io.store import INDEX, LOCATION, BadTile, Store, Tile, read_tiles
 
 SIDE = 32
 
@@ -114,6 +114,30 @@ def test_counts_and_splits(made):
     assert total.tolist() == np.sum([t["pixels"] for t in known], axis=0).tolist()
 
 
+def test_the_index_has_the_training_tiles_first_and_the_same_values_as_its_file(made):
+    opened, _ = made
+    file = pq.read_table(f"{opened.storage.uri}/index.parquet").cast(INDEX)
+    order = [("split", "ascending"), ("tile_id", "ascending")]
+    assert opened.index.cast(INDEX) == file.sort_by(order).combine_chunks()
+    assert opened.index["tile_id"][:40].to_pylist() == opened.split("train")["tile_id"].to_pylist()
+    part = Store.open(opened.storage.uri, None, ["pixels", "shard"]).index
+    assert part == opened.index.select(["pixels", "shard"])
+
+
+def test_places_of_tiles_are_the_same_however_they_are_asked_for(made, monkeypatch):
+    opened, _ = made
+    monkeypatch.setattr(store, "BLOCK", 8)
+    rows = {r["tile_id"]: r for r in opened.index.cast(INDEX).select(LOCATION).to_pylist()}
+    train = opened.split("train")["tile_id"].to_pylist()
+    for ids in (train, train[::-1]):
+        found = opened.located(ids)
+        assert [found[i] for i in range(40)] == [rows[t] for t in ids]
+        assert [r for i in range(0, 40, 3) for r in found[i : i + 3]] == [rows[t] for t in ids]
+        assert found[30:50] == [rows[t] for t in ids[30:]]
+        assert found[:] == [rows[t] for t in ids]
+        assert found.ids.to_pylist() == ids
+
+
 def test_the_content_hash_does_not_depend_on_the_shards_but_on_every_pixel(tmp_path):
     def build(name: str, tiles: list[dict], cut: int) -> str:
         storage = Storage(str(tmp_path / name))
@@ -202,7 +226,7 @@ def test_appending_gives_a_version_and_leaves_the_ones_before_readable(made, tmp
     opened, tiles = made
     first, more = opened.dataset, rows(60)[50:]
     piece = store.write_shard(opened.storage, "shards/part-00001.parquet", more)
-    both = pa.concat_tables([opened.index, piece])
+    both = pa.concat_tables([opened.index.cast(store.INDEX), piece])
     names = {"name": "x", "classes": OPENEARTHMAP, "ignore": (0,), "tile_size": SIDE}
     second = store.finish(opened.storage, **names, index=both, version=2)
     assert Store.open(opened.storage.uri).dataset == second
