@@ -148,6 +148,9 @@ class StoppedInside(Exception):
 class Worker:
     """One rank of one arm, in the group of workers of this number; rank 0 has a beat."""
 
+    _packed: Future[tuple[bytes, str]] | None = None
+    """The weights of the cycle before, if this worker has trained it, and their SHA-256."""
+
     def __init__(self, setup: Setup, arm: Arm, start: int, beat: Beat | None) -> None:
         self.setup, self.arm, self.exp, self.beat = setup, arm, arm.experiment, beat
         context = ray.train.get_context()
@@ -244,7 +247,7 @@ class Worker:
             self._settle()
             before = self.rollbacks
             self.learner = self._learner()
-            self._open, self.state = None, {}
+            self._open, self._packed, self.state = None, None, {}
             if self.rank == 0:
                 self.ledger.prune_steps(cycle)  # what diverges at the end may have begun to before
             if self.keeper:
@@ -402,13 +405,9 @@ class Worker:
             began = time.perf_counter()
             self._settle()
             self._list_quarantine()
-            model, optimizer = checkpoint.pack(self.learner.weights()), self.learner.optimizer_state()
-            self.weights_hash = digest(model)
-            files = {
-                **opened.files,
-                "model.safetensors": model,
-                "state.json": self._state_bytes(opened),
-            }
+            self._packed = self._committer.submit(packed, self.learner.weights())
+            optimizer = self.learner.optimizer_state()
+            files = {**opened.files, "state.json": self._state_bytes(opened)}
             if self.keeper and self.collects:
                 files["visits.parquet"] = table_bytes(self.keeper.visits_table())
             if cycle >= self.exp.cycles - LAST:
@@ -447,7 +446,9 @@ class Worker:
             clock.add("commit", time.perf_counter() - began)
             record["seconds"] = seconds = clock.closed()
             self._busy = seconds["total"] - seconds.get("score", 0.0)
-            self._pending = self._committer.submit(self._commit, cycle, files, optimizer, pictures, record)
+            self._pending = self._committer.submit(
+                self._commit, cycle, files, record, model=self._packed, optimizer=optimizer, pictures=pictures
+            )
         self.state = opened.selection.state
         ray.train.report({"cycle": cycle, "loss": train["loss"], "miou": val["miou"]})
 
@@ -518,6 +519,8 @@ class Worker:
         return without(self.candidates, [*self.quarantine, *owned])
 
     def _weights(self) -> tuple[dict[str, np.ndarray], str]:
+        if self._packed:
+            self.weights_hash = self._packed.result()[1]
         return {n: t.numpy() for n, t in self.learner.weights().items()}, self.weights_hash
 
     def _needs(self, column: str) -> bool:
@@ -974,11 +977,14 @@ class Worker:
         self,
         cycle: int,
         files: dict[str, bytes],
+        record: dict[str, Any],
+        *,
+        model: Future[tuple[bytes, str]],
         optimizer: dict[str, torch.Tensor],
         pictures: np.ndarray | None,
-        record: dict[str, Any],
     ) -> None:
         """Commit a cycle, in a thread while the next one begins: blocks the trainer 0.3 s a cycle otherwise."""
+        files["model.safetensors"] = model.result()[0]
         files["optimizer.safetensors"] = checkpoint.pack(optimizer)
         if pictures is not None:
             files["examples.png"] = encode_picture(pictures)
@@ -998,6 +1004,12 @@ class Worker:
             "scorers": self.setup.scorers.up,
         }
         self.setup.monitor.post.remote(event)
+
+
+def packed(weights: dict[str, torch.Tensor]) -> tuple[bytes, str]:
+    """Weights as bytes, and their SHA-256."""
+    data = checkpoint.pack(weights)
+    return data, digest(data)
 
 
 def pixels_of(rows: pa.Table, classes: int) -> np.ndarray:
