@@ -37,8 +37,8 @@ def beyond_the_policy(prefix):
 
 
 @pytest.mark.timeout(900)
-def test_a_run_in_a_bucket_with_the_least_rights_killed_inside_a_cycle_equals_the_undisturbed_run_on_disk(
-    ray_session, object_server, bucket, tmp_path, monkeypatch
+def test_a_run_in_a_bucket_with_the_least_rights_killed_inside_a_cycle_equals_the_undisturbed_run_on_disk(  # noqa: PLR0917
+    ray_session, object_server, bucket, tmp_path, monkeypatch, capsys
 ):
     """With by-product scores and averaged weights: visits, ages and the weights in training are in the ledger, the tiles that batch norm is
     estimated from are drawn again.
@@ -90,7 +90,7 @@ def test_a_run_in_a_bucket_with_the_least_rights_killed_inside_a_cycle_equals_th
     assert not [p for p in left if "step_" in p]
     scored = [m.record["scores"]["tiles"] for m in there.manifests()]
     assert scored == [128, 37, 37]  # 24 visited and 13 oldest
-    verified = run("report", f"{bucket}/run", "--verify", **object_server.environment)
+    verified = run_here(monkeypatch, capsys, "report", f"{bucket}/run", "--verify", code=0)
     assert "verified: 3 cycles" in verified.stdout
 
 
@@ -159,11 +159,12 @@ def test_a_run_in_a_bucket_is_exported_and_maps_a_bucket_of_images_though_it_is_
 
 
 @pytest.mark.timeout(600)
-def test_an_object_deleted_between_index_and_read_ends_with_code_4(object_server, bucket):
+@pytest.mark.usefixtures("ray_session")
+def test_an_object_deleted_between_index_and_read_ends_with_code_4(bucket, monkeypatch, capsys):
     small_store_at(f"{bucket}/tiles")
     Storage(bucket).remove("tiles/shards/part-00001.parquet")
     flags = ["--data", f"{bucket}/tiles", "--run", f"{bucket}/run", "--cycles", "1", *FAST]
-    done = run("active", *flags, code=4, **object_server.environment)
+    done = run_here(monkeypatch, capsys, "active", *flags, code=4)
     assert "shard shards/part-00001.parquet is missing" in error_line(done)
 
 

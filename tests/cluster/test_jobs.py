@@ -238,9 +238,11 @@ def test_every_architecture_commits_a_cycle(poor_store, tmp_path, arch):
     ]
 
 
-def test_bad_tiles_beyond_the_budget_end_the_run_with_code_4(damaged_store, tmp_path):
+@pytest.mark.usefixtures("ray_session")
+def test_bad_tiles_beyond_the_budget_end_the_run_with_code_4(damaged_store, tmp_path, monkeypatch, capsys):
     uri, victim = damaged_store
-    done = run("active", "--data", uri, "--cycles", "1", *FAST, "--run", str(tmp_path / "r"), code=4)
+    flags = ["--data", uri, "--cycles", "1", *FAST, "--run", str(tmp_path / "r")]
+    done = run_here(monkeypatch, capsys, "active", *flags, code=4)
     assert victim in error_line(done)
     check_quarantine(tmp_path / "r", uri, victim)
 
