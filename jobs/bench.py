@@ -47,10 +47,10 @@ def job(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    if (
-        "GLIBC_TUNABLES" not in os.environ
-    ):  # the rivals keep their memory as our workers do; only a new process reads it
-        os.execve(
-            sys.executable, [sys.executable, "-u", *sys.argv], {**os.environ, "GLIBC_TUNABLES": TUNABLES}
-        )
+    wanted = {
+        **os.environ,
+        "GLIBC_TUNABLES": TUNABLES,
+    }  # read at the start of a process; the rivals are to have it too
+    if os.environ != wanted:
+        os.execve(sys.executable, [sys.executable, "-u", *sys.argv], wanted)
     cli.main(job)

@@ -30,7 +30,7 @@ import pyarrow.compute as pc
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from raysed.cluster.connect import computing, connect
+from raysed.cluster.connect import connect
 from raysed.cluster.launch import Stepper
 from raysed.cluster.local import ObjectServer
 from raysed.cluster.mapper import BATCH, Settings
@@ -601,8 +601,7 @@ def _windows(path: Path, side: int, settings: Settings) -> int:
 
 def _scorers(bench: Bench, count: int) -> ScorerPool:
     network = Network(ARCH, bench.classes, "cpu")
-    options = {"num_cpus": 0.1, "runtime_env": computing("cpu")}
-    made = ScorerPool(count, (network, bench.store.storage.uri, bench.side, 1 << 30), options)
+    made = ScorerPool(count, (network, bench.store.storage.uri, bench.side, 1 << 30), {"num_cpus": 0.1})
     made.ready(120, 120)
     return made
 

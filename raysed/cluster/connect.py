@@ -16,14 +16,9 @@ from raysed.io.storage import Storage
 OBJECT_STORE = 2 << 30
 """Object store of a Ray started here, bytes."""
 TUNABLES = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8589934592:glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1"
-"""GLIBC_TUNABLES of a process that computes on CPUs: it keeps the memory of activations for the next step, in huge pages.  Otherwise glibc
-gives it back after every step, and page faults take up to a third of a step (results/LOG.md).
+"""GLIBC_TUNABLES of the processes of a Ray started here, unless the user has set some: they keep the memory of activations for the next step, in
+huge pages.  Otherwise glibc gives it back after every step, and page faults take up to a third of a step on CPUs (results/LOG.md).
 """
-
-
-def computing(device: str) -> dict[str, Any]:
-    """Ray's runtime environment of processes that compute on this kind of device."""
-    return {"env_vars": {"GLIBC_TUNABLES": TUNABLES}} if device == "cpu" else {}
 
 
 def connect() -> None:
@@ -35,7 +30,10 @@ def connect() -> None:
     if not ray.is_initialized():
         given = os.environ.get("RAY_ADDRESS")
         address = given or ray._private.utils.read_ray_address()
-        own: dict[str, Any] = _local() if address in (None, "local") else {}
+        own: dict[str, Any] = {}
+        if address in (None, "local"):
+            own = _local()
+            os.environ.setdefault("GLIBC_TUNABLES", TUNABLES)  # Ray's processes have it from this one
         settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, **own}
         try:
             ray.init(address=address or "local", **settings)

@@ -280,14 +280,14 @@ class Worker:
             alpha=class_weights(pixels_of(self.pool, len(dataset.classes)), exp.loss.alpha_power),
             gamma=exp.loss.gamma,
             batch=exp.optim.batch,
-            precision=self._precision(net),
+            precision=self._precision(),
             ordered_sums=exp.optim.ordered_sums,
             weight_decay=exp.optim.weight_decay,
             clip=exp.optim.clip,
             ema=exp.optim.ema,
         )
 
-    def _precision(self, net: networks.Network) -> Precision:
+    def _precision(self) -> Precision:
         """What all ranks compute in; a run that is continued on devices of its kind stays with its own."""
         first: Manifest | None = self._first(self.ledger.first)
         alike = first and torch.device(first.record["device"]).type == self.device.type

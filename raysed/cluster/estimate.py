@@ -11,7 +11,7 @@ import ray
 import torch
 
 from raysed.cluster.checks import device_of
-from raysed.cluster.connect import autoscaling, computing, connect
+from raysed.cluster.connect import autoscaling, connect
 from raysed.cluster.launch import arms_of, store_of, uses_scorers
 from raysed.cluster.nodes import offers
 from raysed.cluster.preflight import check_data, check_run_paths
@@ -177,9 +177,7 @@ def _speed(
         return Speed(stated, 3 * stated, "as stated, a forward pass a third of a training step")
     cluster = experiment.cluster
     task: Any = ray.remote(measure).options(
-        num_cpus=cluster.worker_cpus,
-        num_gpus=cluster.worker(device).get("GPU", 0),
-        runtime_env=computing(device),
+        num_cpus=cluster.worker_cpus, num_gpus=cluster.worker(device).get("GPU", 0)
     )
     patience = cluster.patience(autoscaling=autoscaling())
     try:

@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysed import errors
 from raysed.cluster.arms import Arm, Setup
-from raysed.cluster.connect import autoscaling, computing, connect
+from raysed.cluster.connect import autoscaling, connect
 from raysed.cluster.preflight import check_data, check_labels, check_run_paths
 from raysed.cluster.room import secure
 from raysed.cluster.scoring import Network, ScorerPool
@@ -180,7 +180,7 @@ def _scorers(experiment: Experiment, store: Store, device: str, count: int) -> S
     network = Network(experiment.model.arch, len(store.dataset.classes), device)
     make = network, store.storage.uri, store.dataset.tile_size, int(cluster.cache_gib * 2**30)
     asked = cluster.scorer(device)
-    options = {"num_cpus": asked["CPU"], "num_gpus": asked.get("GPU", 0), "runtime_env": computing(device)}
+    options = {"num_cpus": asked["CPU"], "num_gpus": asked.get("GPU", 0)}
     return ScorerPool(count, make, options, threads=cluster.threads)
 
 
@@ -210,7 +210,6 @@ def _trainer(experiment: Experiment, setup: Setup) -> TorchTrainer:
             name=f"raysed-{os.getpid()}-{int(time.time())}",
             storage_path=tempfile.mkdtemp(prefix="raysed-train-"),
             failure_config=ray.train.FailureConfig(max_failures=-1),  # the monitor counts instead
-            worker_runtime_env=computing(setup.device),  # type: ignore[call-arg]
         ),
     )
 

@@ -25,7 +25,7 @@ import ray.data
 import torch
 
 from raysed import errors
-from raysed.cluster.connect import autoscaling, check_paths, computing, connect
+from raysed.cluster.connect import autoscaling, check_paths, connect
 from raysed.cluster.mapper import (
     BlockMapper,
     Plan,
@@ -438,7 +438,6 @@ def _answers(model: Model, task: Task, work: list[dict[str, str]], crew: Crew) -
         compute=pool,
         num_cpus=asked["CPU"],
         num_gpus=asked.get("GPU", 0),
-        runtime_env=computing(crew.device),
         fn_constructor_kwargs={
             "task": task,
             "weights": {"reference": reference},

@@ -35,8 +35,8 @@ def resolve_precision(wanted: str, device: torch.device, begun: Precision | None
     """`auto` as what the device computes fastest in: bf16 where it is native, else fp16 on GPUs and fp32 on CPUs.
 
     A CPU is native in bf16 if it has matrix units (AMX) or vectors of it: on AMD Zen 5, which has vectors alone, a training step takes 1.3
-    to 2.6 times as long in fp32 and a forward pass 1.5 to 2 times, for dense networks and, with `train_grouped_in_fp32`, for depthwise
-    ones.  A CPU with neither emulates bf16, measured 10 times slower than fp32.
+    to 2.6 times as long in fp32 and a forward pass 1.3 to 2 times, for dense networks and, with `train_grouped_in_fp32`, for depthwise
+    ones (but for small tiles on two threads, results/LOG.md).  A CPU with neither emulates bf16, measured 10 times slower than fp32.
 
     Args:
         wanted: auto, fp32, bf16 or fp16.

@@ -37,8 +37,6 @@ FORMAT = 1
 ROW_GROUP = 16
 REREADS = 2
 """Times a tile is fetched again whose bytes have another hash: they may have changed on the way only."""
-BLOCK = 512
-"""Places of tiles that are made at once: one by one each costs ten times as long."""
 SHARDS_AT_ONCE = 8
 """That one call reads from."""
 _FIELDS = [
@@ -394,7 +392,6 @@ class Locations(Sequence[dict]):
 
     def __init__(self, index: pa.Table, rows: pa.Array) -> None:
         self._index, self._rows = index, rows
-        self._block, self._made = range(0), list[dict]()
 
     @property
     def ids(self) -> pa.StringArray:
@@ -409,23 +406,10 @@ class Locations(Sequence[dict]):
     @overload
     def __getitem__(self, at: slice) -> list[dict]: ...
     def __getitem__(self, at: int | slice) -> dict | list[dict]:
-        if isinstance(at, int):
-            return self._dicts(self._rows[at : at + 1])[0]
-        start, stop, step = at.indices(len(self))
-        if step != 1 or stop - start >= BLOCK:
-            return self._dicts(self._rows[at])
-        if not (start in self._block and stop <= self._block.stop):
-            self._block = range(start, min(start + BLOCK, len(self)))
-            self._made = self._dicts(self._rows[start : self._block.stop])
-        return self._made[start - self._block.start : stop - self._block.start]
-
-    def _dicts(self, rows: pa.Array) -> list[dict]:
-        found = self._index.take(rows)
-        columns = [
-            c.cast(INDEX.field(n).type).to_pylist()
-            for n, c in zip(found.column_names, found.columns, strict=True)
-        ]
-        return [dict(zip(found.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
+        found = self._index.take(
+            self._rows[at : at + 1] if isinstance(at, int) else self._rows[at]
+        ).to_pylist()
+        return found[0] if isinstance(at, int) else found
 
 
 def read_tiles(

@@ -63,7 +63,7 @@ def gallery(arms: dict[str, tuple[Ledger, Manifest]], store: Store) -> list[Pict
     nets = {name: _network(ledger, last, len(store.dataset.classes)) for name, (ledger, last) in arms.items()}
     own, (ledger, last) = list(arms.items())[-1]
     data = ledger.config()[0].data
-    ids = validation_rows(store.index, data.validation, data.held_out)["tile_id"].to_pylist()
+    ids = sorted(validation_rows(store.index, data.validation, data.held_out)["tile_id"].to_pylist())
     judged = sorted(
         _judge(nets[own], store, _spread(ids, CANDIDATES)), key=lambda j: (j.right, j.tile.tile_id)
     )

@@ -74,7 +74,9 @@ def start(job: str, *argv: str, **extra: str) -> subprocess.Popen[str]:
 def run_here(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], job: str, *argv: str, code: int
 ) -> subprocess.CompletedProcess[str]:
-    """A job that ends before its first cycle does, in this process: what its imports take is no part of what is tested."""
+    """A job that trains no cycle to its end, in this process: what its imports take is no part of what is tested."""
+    for name in os.environ.keys() - environment().keys():
+        monkeypatch.delenv(name)
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", [job, *argv])

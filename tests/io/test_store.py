@@ -124,9 +124,8 @@ def test_the_index_has_the_training_tiles_first_and_the_same_values_as_its_file(
     assert part == opened.index.select(["pixels", "shard"])
 
 
-def test_places_of_tiles_are_the_same_however_they_are_asked_for(made, monkeypatch):
+def test_places_of_tiles_are_the_same_however_they_are_asked_for(made):
     opened, _ = made
-    monkeypatch.setattr(store, "BLOCK", 8)
     rows = {r["tile_id"]: r for r in opened.index.cast(INDEX).select(LOCATION).to_pylist()}
     train = opened.split("train")["tile_id"].to_pylist()
     for ids in (train, train[::-1]):
