@@ -47,10 +47,8 @@ def job(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    wanted = {
-        **os.environ,
-        "GLIBC_TUNABLES": TUNABLES,
-    }  # read at the start of a process; the rivals are to have it too
+    # read at the start of a process; the rivals are to have it too
+    wanted = {**os.environ, "GLIBC_TUNABLES": TUNABLES}
     if os.environ != wanted:
         os.execve(sys.executable, [sys.executable, "-u", *sys.argv], wanted)
     cli.main(job)

@@ -22,7 +22,7 @@ from ray.util import get_node_ip_address
 
 from raysed.cluster import checks, nodes
 from raysed.cluster.checks import Node, Offer, Socket, TokenFile
-from raysed.cluster.connect import connect
+from raysed.cluster.connect import TUNABLES, connect
 from raysed.cluster.doctor import as_text, examine, gpu_need
 from raysed.config import ClusterConfig, DataConfig, Experiment, ModelConfig, OptimConfig
 from raysed.core import memory, networks
@@ -526,8 +526,15 @@ def test_a_wrong_or_missing_token_is_one_line(head, token, tmp_path):
     assert done.returncode == first["code"] == 2
 
 
-def test_a_ray_that_does_not_start_is_one_line(monkeypatch):
+@pytest.mark.parametrize("own", [None, "glibc.malloc.arena_max=4"])
+def test_a_ray_that_does_not_start_is_one_line(monkeypatch, own):
+    """It would have kept its memory, unless the user has tuned that."""
+    monkeypatch.setenv("GLIBC_TUNABLES", own or "")
+    if not own:
+        monkeypatch.delenv("GLIBC_TUNABLES")
+
     def late(**settings):
+        assert os.environ["GLIBC_TUNABLES"] == (own or TUNABLES)
         raise Exception("The current node timed out during startup. This could happen because ...")
 
     monkeypatch.setenv("RAY_ADDRESS", "local")
