@@ -36,10 +36,13 @@ def bucket(object_server):
 @pytest.fixture(scope="session")
 def ray_head(object_server, tmp_path_factory):
     """One Ray node for the whole session, with this machine's CPUs; `RAY_ADDRESS` leads this process and its jobs to it."""
+    from raysed.cluster.connect import TUNABLES
+
     folder, cpus = tmp_path_factory.mktemp("ray"), len(os.sched_getaffinity(0))
+    given = object_server.environment | {"GLIBC_TUNABLES": TUNABLES, "RAY_metrics_report_interval_ms": "1000"}
     with (
         # without a token: a process that has imported Ray before has made up its mind; test_twin has one
-        LocalCluster(folder, object_server.environment, head_cpus=cpus, authenticated=False) as head,
+        LocalCluster(folder, given, head_cpus=cpus, authenticated=False) as head,
         pytest.MonkeyPatch.context() as patch,
     ):
         for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):

@@ -74,7 +74,7 @@ def start(job: str, *argv: str, **extra: str) -> subprocess.Popen[str]:
 def run_here(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], job: str, *argv: str, code: int
 ) -> subprocess.CompletedProcess[str]:
-    """A job that trains no cycle to its end, in this process: what its imports take is no part of what is tested."""
+    """A job in this process, on the Ray that it is connected to: a third of the time, where nothing is killed."""
     for name in os.environ.keys() - environment().keys():
         monkeypatch.delenv(name)
     for name, value in environment().items():

@@ -43,20 +43,29 @@ def test_a_run_in_a_bucket_with_the_least_rights_killed_inside_a_cycle_equals_th
     """With by-product scores and averaged weights: visits, ages and the weights in training are in the ledger, the tiles that batch norm is
     estimated from are drawn again.
     """
-    remote = run(
-        "prepare", "--source", "synthetic", "--scenes", "10", "--tile", "64", "--json", "--target", f"{bucket}/tiles",
-        **object_server.environment,
-    )  # fmt: skip
+    flags = [
+        "--source",
+        "synthetic",
+        "--scenes",
+        "10",
+        "--tile",
+        "64",
+        "--json",
+        "--target",
+        f"{bucket}/tiles",
+    ]
+    remote = run_here(monkeypatch, capsys, "prepare", *flags, code=0)
     disk = prepare(None, synthetic(10), str(tmp_path / "tiles"), Settings(tile=64), say=lambda _: None)
     assert json.loads(remote.stdout) == disk
     flags = ["--cycles", "3", "--select.scores", "byproduct", *FAST, *STABLE]
     flags += ["--cluster.commit-every-steps", "1"]
-    run("active", *flags, "--data", str(tmp_path / "tiles"), "--run", str(tmp_path / "run"))
+    where = ["--data", str(tmp_path / "tiles"), "--run", str(tmp_path / "run")]
+    run_here(monkeypatch, capsys, "active", *flags, *where, code=0)
     with FaultProxy(object_server.endpoint) as proxy:
         for rule in beyond_the_policy(bucket.removeprefix("s3://")):
             proxy.add(rule)
-        where = {"RAYSED_DATA": f"{bucket}/tiles", "RAYSED_RUN": f"{bucket}/run"}
-        by_proxy = {**where, **object_server.environment, "AWS_ENDPOINT_URL": proxy.endpoint}
+        by_proxy = object_server.environment | {"AWS_ENDPOINT_URL": proxy.endpoint}
+        by_proxy |= {"RAYSED_DATA": f"{bucket}/tiles", "RAYSED_RUN": f"{bucket}/run"}
         kill_at("train@2", "active", *flags, **by_proxy)
         steps = [p for p in Storage(f"{bucket}/run").list("cycle_0002") if p.endswith("manifest.json")]
         assert steps == ["cycle_0002/step_000001/manifest.json"]

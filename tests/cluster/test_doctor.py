@@ -517,7 +517,7 @@ def test_a_wrong_or_missing_token_is_one_line(head, token, tmp_path):
     path = tmp_path / "token"
     if token:
         path.write_text("f" * 64)
-    done = doctor(head, RAY_AUTH_TOKEN_PATH=str(path))
+    done = doctor(head, RAY_AUTH_TOKEN_PATH=str(path), RAY_NUM_REDIS_GET_RETRIES="2")  # a second each
     assert done.stdout, done.stderr
     first = json.loads(done.stdout)["lines"][0]
     assert (first["check"], first["status"]) == ("cluster", "fail")

@@ -129,23 +129,12 @@ def gauges(port: int) -> dict[str, float]:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.usefixtures("ray_session")
 def test_two_arms_make_a_summary_and_a_report(small_store, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
-    done = run(
-        "active",
-        "--data",
-        small_store,
-        "--run",
-        str(out),
-        "--cycles",
-        "2",
-        "--baseline",
-        "--workers",
-        "2",
-        *FAST,
-        "--arch",
-        "efficientunet-b0",
-    )
+    flags = ["--data", small_store, "--run", str(out), "--cycles", "2", "--workers", "2"]
+    flags += [*FAST, "--arch", "efficientunet-b0"]
+    done = run_here(monkeypatch, capsys, "active", *flags, "--baseline", code=0)
     summary = json.loads((out / "summary.json").read_text())
     assert list(summary["arms"]) == ["uniform", "entropy"]
     for arm in summary["arms"].values():
@@ -173,19 +162,6 @@ def test_two_arms_make_a_summary_and_a_report(small_store, tmp_path, monkeypatch
         curve = [e.value for e in events.Scalars(f"val_iou/{name}")]
         assert curve == pytest.approx([m.record["val"]["iou"][name] for m in committed], rel=1e-6)
     assert (events.Images("examples")[1].width, events.Images("examples")[1].height) == (3 * 64, 4 * 64)
-    flags = [
-        "--data",
-        small_store,
-        "--run",
-        str(out),
-        "--cycles",
-        "2",
-        "--workers",
-        "2",
-        *FAST,
-        "--arch",
-        "efficientunet-b0",
-    ]
     refused = run_here(monkeypatch, capsys, "train", *flags, code=2)
     assert "select.strategy: 'entropy' there, 'uniform' now" in error_line(refused)
 
@@ -222,13 +198,15 @@ def test_both_arms_start_from_an_exported_model_and_only_from_that_one(small_sto
 
 
 @pytest.mark.timeout(1500)
+@pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize(
     "arch", ["unet", pytest.param("efficientunet-b4", marks=pytest.mark.slow)]
 )  # b0 commits two in the test above
-def test_every_architecture_commits_a_cycle(poor_store, tmp_path, arch):
+def test_every_architecture_commits_a_cycle(poor_store, tmp_path, monkeypatch, capsys, arch):
     """Of tiles that lack a class, too: it is named and does not count in the loss."""
-    done = run("train", "--data", poor_store, "--run", str(tmp_path / "r"), "--cycles", "1", "--arch", arch, "--select.tiles", "4",
-        "--optim.batch", "2", "--optim.micro-batch", "2")  # fmt: skip
+    flags = ["--data", poor_store, "--run", str(tmp_path / "r"), "--cycles", "1", "--arch", arch]
+    flags += ["--select.tiles", "4", "--optim.batch", "2", "--optim.micro-batch", "2"]
+    done = run_here(monkeypatch, capsys, "train", *flags, code=0)
     manifest = Ledger(Storage(str(tmp_path / "r"))).manifests()[0]
     assert manifest.record["steps"] == 2
     assert manifest.record["val"]["counts"]
