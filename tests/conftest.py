@@ -3,10 +3,13 @@ import uuid
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from raysed.cluster.local import LocalCluster, ObjectServer
 
 ROOT = Path(__file__).resolve().parents[1]
+settings.register_profile("raysed", deadline=None)  # a busy machine is no fault
+settings.load_profile("raysed")
 
 
 @pytest.fixture(scope="session")

@@ -72,7 +72,7 @@ from raysed.io.model import load_init, start_from, weights_of_run
 from raysed.io.people import Request
 from raysed.io.reference import judged_by, ledgers_of
 from raysed.io.storage import Storage, digest
-from raysed.io.store import INDEX, LOCATION, POOL, TRAINING, BadTile, Store, quarantine_table
+from raysed.io.store import INDEX, LOCATION, POOL, TRAINING, BadTile, Store, as_written, quarantine_table
 
 EXAMPLES, EXAMPLES_EVERY = 4, 5
 """Validation tiles that are pictured with label and prediction, and the cycles between pictures."""
@@ -940,7 +940,8 @@ class Worker:
         if self.rank or not self.quarantine:
             return
         table, index = quarantine_table(self.quarantine.values()), self.store.index
-        expected = index["sha256"].take(pc.index_in(table["tile_id"], index["tile_id"]))
+        at = pc.index_in(table["tile_id"], index["tile_id"])
+        expected = as_written(index.select(["sha256"]).take(at))["sha256"]
         self.ledger.storage.write(
             "quarantine.parquet", table_bytes(table.append_column("expected", expected))
         )

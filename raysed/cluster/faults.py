@@ -30,7 +30,7 @@ from raysed.core.plan import plan
 from raysed.io import codec
 from raysed.io.ledger import DEAD_AFTER, Ledger, folder, verify
 from raysed.io.storage import Storage, digest
-from raysed.io.store import Store
+from raysed.io.store import Store, as_written
 
 COMMIT_SECONDS = 10.0
 """How long the commit of a small run may take."""
@@ -532,7 +532,7 @@ def _prepared(trial: Trial, spoilt: dict[str, bytes], reasons: dict[str, str]) -
         )
     trial.struck, trial.ended = min(e["at"] for e in refused), None
     bad = {path.rpartition("/")[2].removesuffix(".png") for path in reasons}
-    index = Store.open(trial.run).index
+    index = as_written(Store.open(trial.run).index)
     found = dict(zip(index["tile_id"].to_pylist(), index["sha256"].to_pylist(), strict=True))
     wanted = {t: h for t, h in expected.items() if t.rpartition("-")[0] not in bad}
     trial.must(found == wanted, "the store is not that of the good images")

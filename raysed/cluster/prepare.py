@@ -238,7 +238,7 @@ def _finish(
         tried = {s.name for s in layout.sources}
         quarantine += [b for b in _quarantined(base) if b.tile_id not in tried]
         index, dropped = (
-            pa.concat_tables([base.index.cast(store.INDEX), index]),
+            pa.concat_tables([store.as_written(base.index), index]),
             dropped + base.dataset.dropped_pixels,
         )
     store.finish(

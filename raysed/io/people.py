@@ -167,7 +167,7 @@ def take(run: Storage, number: int, tiles: Store, labels: dict[str, np.ndarray])
     if target.exists("dataset.json"):
         before = Store.open(target.uri).index
         before = before.filter(pc.not_equal(before["shard"], path))
-        piece = pa.concat_tables([before.cast(store.INDEX), piece.cast(store.INDEX)])
+        piece = pa.concat_tables([store.as_written(before), piece])
     store.finish(
         target, name=f"{dataset.name}, labelled", classes=dataset.classes, ignore=dataset.ignore,
         tile_size=dataset.tile_size, index=piece,

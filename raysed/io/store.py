@@ -10,6 +10,7 @@
 A selection is fetched by ranged reads at the index's offsets and checked against its sha256.
 """
 
+import ctypes
 import hashlib
 import io
 import itertools
@@ -82,6 +83,10 @@ _NAMED = ("region", "source", "split", "shard")
 """Columns that say the same of many tiles: numbers of names in memory."""
 _COUNTS = {"pixels": pa.list_(pa.int32()), "image_length": pa.int32(), "label_length": pa.int32()}
 """Columns whose numbers are small, and how they are held in memory."""
+_OFFSETS = ("image_offset", "label_offset")
+"""Columns that are held in 32 bits where no shard has 4 GiB."""
+_HASH = pa.binary(32)
+"""How sha256 is held in memory."""
 
 
 @dataclass(frozen=True)
@@ -228,8 +233,8 @@ def finish(
     remap: dict[str, int | None] | None = None,
     version: int = 1,
 ) -> Dataset:
-    """Write quarantine, index and, last, `dataset.json` of a store whose shards are written."""
-    index = index.cast(INDEX).sort_by("tile_id")
+    """Write quarantine, index (rows of `INDEX`, or as a store holds them) and, last, `dataset.json` of a store whose shards are written."""
+    index = as_written(index).sort_by("tile_id")
     ids = index["tile_id"].to_pylist()
     twice = [a for a, b in itertools.pairwise(ids) if a == b]
     if twice:
@@ -285,7 +290,8 @@ class Store:
     dataset: Dataset
     index: pa.Table
     """Rows of `INDEX`, or some of its columns; those of split train first, each split by tile_id.  Names that many tiles share are
-    dictionaries, and what counts pixels or bytes of a tile has 32 bits: 10^7 tiles take half the memory."""
+    dictionaries, what counts pixels or bytes of a tile has 32 bits, and sha256 is its 32 bytes: 10^7 tiles take half the memory.
+    `as_written` makes the columns of a file of them."""
 
     @classmethod
     def open(cls, uri: str, content_hash: str | None = None, columns: Sequence[str] = INDEX.names) -> "Store":
@@ -321,6 +327,7 @@ class Store:
             index = _read_index(storage.read(path), columns)
         except FileNotFoundError as error:
             raise DataError(f"{storage.uri}/{path} is missing: the store is damaged") from error
+        _give_back()
         return cls(storage, dataset, index)
 
     def only(self, columns: Sequence[str]) -> "Store":
@@ -367,7 +374,17 @@ def _read_index(file: bytes, columns: Sequence[str]) -> pa.Table:
     for name in sorted(columns, key=("sha256", "pixels").__contains__, reverse=True):  # while there is room
         column = _column(file, name)
         read[name] = column if order is None else column.take(order)
+        del column
+        _give_back()
     return pa.table(read).select(columns)
+
+
+def _give_back() -> None:
+    """What Arrow and glibc have kept of memory that was freed: for 10^7 tiles it would stand beside the columns for good."""
+    pa.default_memory_pool().release_unused()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+    if trim:
+        trim(0)
 
 
 def _column(file: bytes, name: str) -> pa.Array:
@@ -379,7 +396,34 @@ def _column(file: bytes, name: str) -> pa.Array:
         column = column.cast(pa.dictionary(pa.int32(), field.type)).unify_dictionaries()
     elif name in _COUNTS:
         column = column.cast(_COUNTS[name])
+    elif name in _OFFSETS and (pc.max(column).as_py() or 0) < 2**32:
+        column = column.cast(pa.uint32())
+    elif name == "sha256":
+        column = pa.chunked_array([_packed(c) for c in column.chunks], _HASH)
     return column.combine_chunks()
+
+
+def _packed(hashes: pa.StringArray) -> pa.FixedSizeBinaryArray:
+    """Hexadecimal digits as the bytes that they stand for.
+
+    Raises:
+        DataError: something else.
+    """
+    wrong = hashes.filter(pc.invert(pc.match_substring_regex(hashes, "^[0-9a-f]{64}$")))
+    if len(wrong) or hashes.null_count:
+        raise DataError(
+            f"the index says sha256 {wrong[0] if len(wrong) else None}, expected 64 digits: the store is damaged"
+        )
+    joined = pc.binary_join(pa.ListArray.from_arrays([0, len(hashes)], hashes), "")[0].as_py()
+    return pa.Array.from_buffers(_HASH, len(hashes), [None, pa.py_buffer(bytes.fromhex(joined))])
+
+
+def as_written(index: pa.Table) -> pa.Table:
+    """Rows of an index, some of its columns or all, as its file holds them."""
+    if (at := index.schema.get_field_index("sha256")) >= 0 and index.schema.field(at).type == _HASH:
+        digits = [None if h is None else h.hex() for h in index["sha256"].to_pylist()]
+        index = index.set_column(at, "sha256", pa.array(digits, pa.string()))
+    return index.cast(pa.schema([INDEX.field(name) for name in index.column_names]))
 
 
 class Locations(Sequence[dict]):
@@ -406,9 +450,8 @@ class Locations(Sequence[dict]):
     @overload
     def __getitem__(self, at: slice) -> list[dict]: ...
     def __getitem__(self, at: int | slice) -> dict | list[dict]:
-        found = self._index.take(
-            self._rows[at : at + 1] if isinstance(at, int) else self._rows[at]
-        ).to_pylist()
+        rows = self._index.take(self._rows[at : at + 1] if isinstance(at, int) else self._rows[at])
+        found = as_written(rows).to_pylist()
         return found[0] if isinstance(at, int) else found
 
 

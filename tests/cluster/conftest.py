@@ -42,7 +42,7 @@ def changed(uri, folder, rows):
 def unlabelled_store(small_store, tmp_path_factory):
     """The small store without a label in split train."""
     none = {"pixels": None, "label_offset": None, "label_length": None}
-    rows = store.Store.open(small_store).index.to_pylist()
+    rows = store.as_written(store.Store.open(small_store).index).to_pylist()
     rows = [row | (none if row["split"] == "train" else {}) for row in rows]
     return changed(small_store, tmp_path_factory.mktemp("stores") / "unlabelled", rows)
 
@@ -50,7 +50,7 @@ def unlabelled_store(small_store, tmp_path_factory):
 @pytest.fixture(scope="session")
 def poor_store(small_store, tmp_path_factory):
     """The small store without the training tiles that hold water."""
-    rows = store.Store.open(small_store).index.to_pylist()
+    rows = store.as_written(store.Store.open(small_store).index).to_pylist()
     water = 1 + [c.name for c in OPENEARTHMAP].index("water")
     rows = [row for row in rows if row["split"] == "val" or not row["pixels"][water]]
     return changed(small_store, tmp_path_factory.mktemp("stores") / "poor", rows)

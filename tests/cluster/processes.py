@@ -15,7 +15,7 @@ from raysed import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = [
-    *("--arch", "unet:resnet18", "--select.tiles", "24", "--optim.lr", "1e-3", "--optim.micro-batch", "4"),
+    *("--arch", "unet:tu-test_resnet", "--select.tiles", "24", "--optim.lr", "1e-3", "--optim.micro-batch", "4"),
     *("--cluster.chunk", "16", "--scorers", "1", "--cluster.reader-cpus", "0.6"),
 ]  # fmt: skip
 """A small network on few tiles."""

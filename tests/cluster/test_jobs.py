@@ -191,7 +191,7 @@ def test_both_arms_start_from_an_exported_model_and_only_from_that_one(small_sto
     sha = json.loads((tmp_path / "moved/config.json").read_text())["_raysed"]["sha256"]
     for ledger in firsts:
         experiment, _ = ledger.config()
-        assert (experiment.model.sha256, experiment.model.arch) == (sha, "unet:resnet18")
+        assert (experiment.model.sha256, experiment.model.arch) == (sha, "unet:tu-test_resnet")
         losses = [m.record["train"]["loss"] for m in (ledger.manifests()[0], before.manifests()[0])]
         assert losses[0] < losses[1]  # it knows something already
         assert verify(ledger, Store.open(small_store).split("train")) == []

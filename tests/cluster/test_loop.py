@@ -135,7 +135,7 @@ def test_a_storage_that_refuses_comes_out_of_stream_and_scorer_as_itself(
         source.take(range(5))
     source.close()
     assert "\n" not in str(failed.value)
-    network = Network("unet:resnet18", 8, "cpu")
+    network = Network("unet:tu-test_resnet", 8, "cpu")
     scorer = ray.remote(Scorer).remote(network, shardless_store, store.dataset.tile_size, 1 << 30)
     with pytest.raises(StorageError, match=r"shards/part-00000\.parquet: .*directory"):
         score_pool(
@@ -151,7 +151,7 @@ def test_scorers_that_die_again_and_again_end_the_scoring(ray_session, small_sto
 
     monkeypatch.setattr(scoring, "PATIENCE", 4.0)
     store = Store.open(small_store)
-    network = Network("unet:resnet18", 8, "cpu")
+    network = Network("unet:tu-test_resnet", 8, "cpu")
     make = network, small_store, store.dataset.tile_size, 1 << 30
     made = ScorerPool(2, make, {"num_cpus": 0.1}, Doomed)
     doomed, _ = made.ready(60, 60)
@@ -170,7 +170,7 @@ def ask_until_it_is_gone(scorer) -> None:
 
 def test_scorers_given_back_are_made_anew_and_score_the_same(ray_session, small_store, weights):
     store = Store.open(small_store)
-    network = Network("unet:resnet18", 8, "cpu")
+    network = Network("unet:tu-test_resnet", 8, "cpu")
     pool = ScorerPool(2, (network, small_store, store.dataset.tile_size, 1 << 30), {"num_cpus": 0.1})
     [node] = {n["NodeID"] for n in ray.nodes() if n["Alive"]}
 
@@ -212,7 +212,7 @@ def pool(ray_session, small_store):
                 os._exit(9)
             return super().score(weights, version, locations, side, threads=threads, precision=precision)
 
-    network = Network("unet:resnet18", 8, "cpu")
+    network = Network("unet:tu-test_resnet", 8, "cpu")
     side = Store.open(small_store).dataset.tile_size
     made = ScorerPool(2, (network, small_store, side, 1 << 30), {"num_cpus": 0.1}, MortalScorer)
     yield made
@@ -221,7 +221,7 @@ def pool(ray_session, small_store):
 
 @pytest.fixture(scope="module")
 def weights():
-    return {n: t.numpy() for n, t in build("unet:resnet18", 8, 4).state_dict().items()}
+    return {n: t.numpy() for n, t in build("unet:tu-test_resnet", 8, 4).state_dict().items()}
 
 
 def test_scores_of_the_pool_equal_a_plain_loop_though_a_scorer_dies(pool, weights, small_store):
@@ -246,7 +246,7 @@ def test_scores_of_the_pool_equal_a_plain_loop_though_a_scorer_dies(pool, weight
     assert calm.ids.to_pylist() == ids
     assert sum(calm.nodes.values()) == len(ids)
 
-    net = build("unet:resnet18", 8, 4).to(memory_format=torch.channels_last).eval()
+    net = build("unet:tu-test_resnet", 8, 4).to(memory_format=torch.channels_last).eval()
     plain = []
     with torch.inference_mode():
         for i in range(0, len(ids), BATCH):
@@ -271,7 +271,7 @@ def test_a_bad_tile_is_left_out_of_the_scores_and_named(ray_session, weights, da
     scorer = (
         ray.remote(Scorer)
         .options(num_cpus=0.1)
-        .remote(Network("unet:resnet18", 8, "cpu"), uri, store.dataset.tile_size, 1 << 30)
+        .remote(Network("unet:tu-test_resnet", 8, "cpu"), uri, store.dataset.tile_size, 1 << 30)
     )
     at = store.located(store.index["tile_id"].to_pylist()[:40])
     scores = score_pool([scorer], [1], weights, "v1", at, side=SIDE, precision="fp32", renew=pytest.fail)
@@ -377,7 +377,7 @@ def test_ray_counts_one_worker_a_gpu():
 
 def test_a_dry_run_reckons_and_writes_nothing(ray_session, small_store, tmp_path):
     base = Experiment(
-        run=str(tmp_path / "run"), cycles=10, baseline=True, model=ModelConfig(arch="unet:resnet18")
+        run=str(tmp_path / "run"), cycles=10, baseline=True, model=ModelConfig(arch="unet:tu-test_resnet")
     )
     experiment = replace(
         base, data=replace(base.data, uri=small_store), select=SelectConfig(strategy="entropy", tiles=20)

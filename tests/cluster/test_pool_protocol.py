@@ -39,7 +39,7 @@ def unlabelled_store(small_store, tmp_path):
     rows, labels = [], {}
     ids = store_.index["tile_id"].to_pylist()
     tiles = read_tiles(store_.storage, store_.locations(ids), store_.dataset.tile_size)
-    for row, tile in zip(store_.index.to_pylist(), tiles, strict=True):
+    for row, tile in zip(store.as_written(store_.index).to_pylist(), tiles, strict=True):
         own = {f.name: row[f.name] for f in store.TILES if f.name in row} | {
             "image": codec.encode_image(tile.image)
         }

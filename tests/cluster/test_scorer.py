@@ -25,7 +25,7 @@ from raysed.core.step import to_device
 from raysed.core.uncertainty import log_probabilities, tile_scores
 from raysed.io.store import Locations, Store, read_tiles
 
-ARCH = "unet:resnet18"
+ARCH = "unet:tu-test_resnet"
 
 
 class LocalScorer(Scorer):

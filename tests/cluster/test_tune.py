@@ -110,7 +110,7 @@ def test_a_trial_that_is_stopped_gives_all_back_and_has_trained_nothing_in_vain(
     import ray
     from ray import tune
 
-    fields = {"run": str(tmp_path), "data.uri": small_store, "cycles": 4, "model.arch": "unet:resnet18",
+    fields = {"run": str(tmp_path), "data.uri": small_store, "cycles": 4, "model.arch": "unet:tu-test_resnet",
               "select.tiles": 16, "cluster.threads": 1}  # fmt: skip
     base = with_overrides(Experiment(), fields, "test")
     trainable = tune.with_parameters(Trial, base=base.to_dict(), command=sys.argv)

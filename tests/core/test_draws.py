@@ -19,7 +19,7 @@ def ids(n: int) -> np.ndarray:
 @given(
     st.lists(st.one_of(st.just(math.nan), st.integers(0, 3).map(float)), min_size=1, max_size=30), st.data()
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_top_is_a_stable_sort_with_the_unknown_at_one_end(values, data):
     array, k = np.array(values), data.draw(st.integers(0, len(values)))
     known = sorted((i for i, v in enumerate(values) if not math.isnan(v)), key=lambda i: (-values[i], i))
@@ -75,14 +75,14 @@ def capped(weights: list[float], k: int) -> list[float]:
 
 
 @given(st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=40), st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_inclusion_is_proportional_up_to_certainty(weights, data):
     k = data.draw(st.integers(1, len(weights) - 1))
     assert inclusion(np.array(weights), k) == pytest.approx(capped(weights, k), rel=1e-9)
 
 
 @given(WEIGHTS, st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_systematic_sample_has_its_size_and_no_tile_twice(weights, data):
     k = data.draw(st.integers(1, len(weights)))
     probabilities = inclusion(np.array(weights), k)
@@ -112,7 +112,7 @@ def test_a_systematic_sample_survives_the_largest_random_number():
 
 
 @given(st.integers(1, 40), st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_queue_serves_every_tile_that_stays_within_one_round(n, data):
     k = data.draw(st.integers(1, n))
     rounds = -(-n // k)
@@ -128,7 +128,7 @@ def test_the_queue_serves_every_tile_that_stays_within_one_round(n, data):
 
 
 @given(st.integers(2, 30), st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_between_two_visits_lie_fewer_than_two_epochs(n, data):
     k = data.draw(st.integers(1, n))
     queue, last = None, dict.fromkeys(range(n), -1)

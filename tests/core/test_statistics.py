@@ -27,13 +27,13 @@ COSTS = st.lists(st.floats(0.1, 100), min_size=2, max_size=20).map(lambda gaps: 
 
 
 @given(COSTS, st.floats(-5, 5))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_area_under_a_constant_is_the_constant_whatever_it_costs(cost, value):
     assert aulc(cost, [value] * len(cost)) == pytest.approx(value, abs=1e-9)
 
 
 @given(COSTS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_area_under_a_ramp_is_its_middle_and_units_do_not_matter(cost):
     middle = (cost[0] + cost[-1]) / 2
     assert aulc(cost, cost) == pytest.approx(middle)
@@ -65,7 +65,7 @@ def test_mean_of_last_and_first_above_leave_the_unknown_out():
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12).filter(lambda v: sum(v) > 1e-6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_evenness_by_its_definition(values):
     n, mean = len(values), sum(values) / len(values)
     got = evenness(np.array([*values, np.nan]))

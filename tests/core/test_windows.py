@@ -28,7 +28,6 @@ AXES = st.builds(
 
 
 @given(AXES)
-@settings(deadline=None)
 def test_windows_cover_exactly_and_weights_sum_to_one(a):
     seen, total = np.zeros(a.length, int), np.zeros(max(a.length, a.side))
     for start, weights in zip(a.starts, blend(a), strict=True):
@@ -53,7 +52,6 @@ def test_without_overlap_a_whole_number_of_tiles_is_the_grid_of_tiles():
 
 
 @given(AXES, AXES, st.integers(50, 20000))
-@settings(deadline=None)
 def test_blocks_answer_for_every_source_pixel_once(rows, cols, limit):
     seen = np.zeros((rows.size, cols.size), int)
     for block in blocks(rows, cols, limit):
@@ -68,7 +66,7 @@ def test_blocks_answer_for_every_source_pixel_once(rows, cols, limit):
 
 
 @given(AXES, AXES, st.integers(50, 20000))
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 def test_stitching_a_constant_is_constant(rows, cols, limit):
     side = max(rows.side, cols.side)
     rows, cols = (axis(a.size, a.size / a.length, side, 0.3) for a in (rows, cols))

@@ -134,7 +134,15 @@ def test_a_damaged_or_foreign_folder_is_no_model(tmp_path):
 def test_scale_and_metres_come_from_the_tiles(tmp_path):
     place = {"crs": "EPSG:32633", "transform": [0.6, 0, 5e5, 0, -0.6, 4e6], "scale": [2.0, 2.0]}
     other = {"crs": "EPSG:4326", "transform": [1e-5, 0, 15, 0, -1e-5, 50], "scale": [2.0, 2.0]}
-    same = {"region": "r", "source": "s", "row": 0, "col": 0, "split": "train", "sha256": "", "shard": "x"}
+    same = {
+        "region": "r",
+        "source": "s",
+        "row": 0,
+        "col": 0,
+        "split": "train",
+        "sha256": "0" * 64,
+        "shard": "x",
+    }
     tiles = [{**same, "tile_id": f"t{i}", **(place if i < 2 else other)} for i in range(5)]
     record = model.of_run(write_run(tmp_path, tiles=tiles)).record
     assert record.scale == (2.0, 2.0)

@@ -10,7 +10,7 @@ from raysed.core.tiles import OPENEARTHMAP, pixel_counts, tile_id
 from raysed.errors import DataError, UsageError
 from raysed.io import codec, store
 from raysed.io.storage import Storage
-from raysed.io.store import INDEX, LOCATION, BadTile, Store, Tile, read_tiles
+from raysed.io.store import INDEX, LOCATION, BadTile, Store, Tile, as_written, read_tiles
 
 SIDE = 32
 
@@ -118,15 +118,27 @@ def test_the_index_has_the_training_tiles_first_and_the_same_values_as_its_file(
     opened, _ = made
     file = pq.read_table(f"{opened.storage.uri}/index.parquet").cast(INDEX)
     order = [("split", "ascending"), ("tile_id", "ascending")]
-    assert opened.index.cast(INDEX) == file.sort_by(order).combine_chunks()
+    assert as_written(opened.index) == file.sort_by(order).combine_chunks()
     assert opened.index["tile_id"][:40].to_pylist() == opened.split("train")["tile_id"].to_pylist()
     part = Store.open(opened.storage.uri, None, ["pixels", "shard"]).index
     assert part == opened.index.select(["pixels", "shard"])
 
 
+@pytest.mark.parametrize("wrong", ["ab12", "g" * 64, None])
+def test_an_index_whose_hash_is_none_is_refused(made, wrong):
+    opened, _ = made
+    index = as_written(opened.index)
+    hashes = [wrong, *index["sha256"].to_pylist()[1:]]
+    at = index.schema.get_field_index("sha256")
+    damaged = index.set_column(at, INDEX.field("sha256"), pa.array(hashes, pa.string()))
+    pq.write_table(damaged, f"{opened.storage.uri}/index.parquet")
+    with pytest.raises(DataError, match=f"the index says sha256 {wrong}, expected 64 digits"):
+        Store.open(opened.storage.uri)
+
+
 def test_places_of_tiles_are_the_same_however_they_are_asked_for(made):
     opened, _ = made
-    rows = {r["tile_id"]: r for r in opened.index.cast(INDEX).select(LOCATION).to_pylist()}
+    rows = {r["tile_id"]: r for r in as_written(opened.index).select(LOCATION).to_pylist()}
     train = opened.split("train")["tile_id"].to_pylist()
     for ids in (train, train[::-1]):
         found = opened.located(ids)
@@ -225,7 +237,7 @@ def test_appending_gives_a_version_and_leaves_the_ones_before_readable(made, tmp
     opened, tiles = made
     first, more = opened.dataset, rows(60)[50:]
     piece = store.write_shard(opened.storage, "shards/part-00001.parquet", more)
-    both = pa.concat_tables([opened.index.cast(store.INDEX), piece])
+    both = pa.concat_tables([as_written(opened.index), piece])
     names = {"name": "x", "classes": OPENEARTHMAP, "ignore": (0,), "tile_size": SIDE}
     second = store.finish(opened.storage, **names, index=both, version=2)
     assert Store.open(opened.storage.uri).dataset == second
