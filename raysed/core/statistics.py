@@ -44,14 +44,14 @@ def aulc_between(cost: Sequence[float], values: Sequence[float], low: float, hig
 
 
 def fluctuation(values: Sequence[float], last: float = 0.5) -> float | None:
-    """Population standard deviation of the change from one cycle to the next, over the last share of the cycles; None without one.
+    """Population standard deviation of the change from one cycle to the next, over the last share of the cycles; None of fewer than two changes.
 
     Args:
         values: (T,).
         last: share; 1 is the whole run.
     """
     changes = np.diff(np.asarray(values, float))[-max(1, round(last * len(values))) :]
-    return float(changes.std()) if len(changes) else None
+    return float(changes.std()) if len(changes) > 1 else None
 
 
 def mean_of_last(values: Sequence[float | None], n: int = 10) -> float | None:

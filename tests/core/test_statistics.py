@@ -54,6 +54,7 @@ def test_fluctuation_is_of_changes_in_the_last_half():
     assert fluctuation(wild_then_calm, last=1.0) == pytest.approx(np.std(np.diff(wild_then_calm)))
     assert fluctuation([0.0] * 10 + [0, 1] * 5) == pytest.approx(np.std([0, 1, -1, 1, -1, 1, -1, 1, -1, 1]))
     assert fluctuation([1.0]) is None
+    assert fluctuation([0.1, 0.9]) is None  # one change does not fluctuate
 
 
 def test_mean_of_last_and_first_above_leave_the_unknown_out():
