@@ -327,6 +327,9 @@ class Store:
             index = _read_index(storage.read(path), columns)
         except FileNotFoundError as error:
             raise DataError(f"{storage.uri}/{path} is missing: the store is damaged") from error
+        except (DataError, pa.ArrowInvalid) as error:
+            said = " ".join(str(error).split())[:300]
+            raise DataError(f"{storage.uri}/{path} is damaged ({said}): prepare the store anew") from error
         _give_back()
         return cls(storage, dataset, index)
 
@@ -411,9 +414,8 @@ def _packed(hashes: pa.StringArray) -> pa.FixedSizeBinaryArray:
     """
     wrong = hashes.filter(pc.invert(pc.match_substring_regex(hashes, "^[0-9a-f]{64}$")))
     if len(wrong) or hashes.null_count:
-        raise DataError(
-            f"the index says sha256 {wrong[0] if len(wrong) else None}, expected 64 digits: the store is damaged"
-        )
+        found = wrong[0].as_py() if len(wrong) else None
+        raise DataError(f"a tile has sha256 {found!r}, expected 64 hexadecimal digits")
     joined = pc.binary_join(pa.ListArray.from_arrays([0, len(hashes)], hashes), "")[0].as_py()
     return pa.Array.from_buffers(_HASH, len(hashes), [None, pa.py_buffer(bytes.fromhex(joined))])
 

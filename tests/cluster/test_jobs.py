@@ -1,6 +1,7 @@
 """The jobs as a user runs them: processes, exit codes, one line an error; killed and continued."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -18,6 +19,8 @@ from raysed.io.storage import Storage, digest
 from raysed.io.store import Store
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_head")]
+ONE_MORE = str(len(os.sched_getaffinity(0)) + 1)
+"""Workers than CPUs."""
 
 
 @pytest.mark.slow
@@ -285,7 +288,7 @@ def stores(small_store, unlabelled_store):
             "select.strategy must be one of uniform, epoch-queue",
         ),
         (
-            ["--data", "STORE", "--workers", "4096", "--optim.batch", "4096", "--optim.micro-batch", "1"],
+            ["--data", "STORE", "--workers", ONE_MORE, "--optim.batch", ONE_MORE, "--optim.micro-batch", "1"],
             7,
             "and a CPU for each worker",
         ),

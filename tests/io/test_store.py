@@ -124,16 +124,26 @@ def test_the_index_has_the_training_tiles_first_and_the_same_values_as_its_file(
     assert part == opened.index.select(["pixels", "shard"])
 
 
-@pytest.mark.parametrize("wrong", ["ab12", "g" * 64, None])
-def test_an_index_whose_hash_is_none_is_refused(made, wrong):
+@pytest.mark.parametrize(
+    ("name", "wrong", "text"),
+    [
+        ("sha256", "ab\n12", r"a tile has sha256 'ab\\n12', expected 64 hexadecimal digits"),
+        ("sha256", "g" * 64, r"a tile has sha256 'g+', expected"),
+        ("sha256", None, "a tile has sha256 None, expected"),
+        ("image_offset", -1, "-1"),
+        ("image_length", 1 << 40, str(1 << 40)),
+    ],
+)
+def test_an_index_of_impossible_values_is_one_line_that_names_the_store(made, name, wrong, text):
     opened, _ = made
     index = as_written(opened.index)
-    hashes = [wrong, *index["sha256"].to_pylist()[1:]]
-    at = index.schema.get_field_index("sha256")
-    damaged = index.set_column(at, INDEX.field("sha256"), pa.array(hashes, pa.string()))
+    values = pa.array([wrong, *index[name].to_pylist()[1:]], INDEX.field(name).type)
+    damaged = index.set_column(index.schema.get_field_index(name), INDEX.field(name), values)
     pq.write_table(damaged, f"{opened.storage.uri}/index.parquet")
-    with pytest.raises(DataError, match=f"the index says sha256 {wrong}, expected 64 digits"):
+    with pytest.raises(DataError, match=f"{text}.*: prepare the store anew") as refused:
         Store.open(opened.storage.uri)
+    assert str(refused.value).startswith(f"{opened.storage.uri}/index.parquet is damaged (")
+    assert "\n" not in str(refused.value)
 
 
 def test_places_of_tiles_are_the_same_however_they_are_asked_for(made):
