@@ -74,7 +74,7 @@ def start(job: str, *argv: str, **extra: str) -> subprocess.Popen[str]:
 def run_here(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], job: str, *argv: str, code: int
 ) -> subprocess.CompletedProcess[str]:
-    """A job in this process, on the Ray that it is connected to: a third of the time, where nothing is killed."""
+    """A job in this process, on the Ray that it is connected to: what its start takes is no part of what is tested."""
     for name in os.environ.keys() - environment().keys():
         monkeypatch.delenv(name)
     for name, value in environment().items():

@@ -43,17 +43,8 @@ def test_a_run_in_a_bucket_with_the_least_rights_killed_inside_a_cycle_equals_th
     """With by-product scores and averaged weights: visits, ages and the weights in training are in the ledger, the tiles that batch norm is
     estimated from are drawn again.
     """
-    flags = [
-        "--source",
-        "synthetic",
-        "--scenes",
-        "10",
-        "--tile",
-        "64",
-        "--json",
-        "--target",
-        f"{bucket}/tiles",
-    ]
+    flags = ["--source", "synthetic", "--scenes", "10", "--tile", "64", "--json"]
+    flags += ["--target", f"{bucket}/tiles"]
     remote = run_here(monkeypatch, capsys, "prepare", *flags, code=0)
     disk = prepare(None, synthetic(10), str(tmp_path / "tiles"), Settings(tile=64), say=lambda _: None)
     assert json.loads(remote.stdout) == disk

@@ -149,14 +149,14 @@ def test_scorers_that_die_again_and_again_end_the_scoring(ray_session, small_sto
         def score(self, weights, version, locations, side, *, threads, precision):
             os._exit(9)
 
-    monkeypatch.setattr(scoring, "PATIENCE", 4.0)
+    monkeypatch.setattr(scoring, "PATIENCE", 8.0)
     store = Store.open(small_store)
     network = Network("unet:tu-test_resnet", 8, "cpu")
     make = network, small_store, store.dataset.tile_size, 1 << 30
     made = ScorerPool(2, make, {"num_cpus": 0.1}, Doomed)
     doomed, _ = made.ready(60, 60)
     at = store.located(store.index["tile_id"].to_pylist()[:40])
-    with pytest.raises(ResourcesError, match=r"no scorer has given a score for 4 s, 0 of 2 chunks .*memory"):
+    with pytest.raises(ResourcesError, match=r"no scorer has given a score for 8 s, 0 of 2 chunks .*memory"):
         score_pool(doomed, [1, 1], weights, "v1", at, side=SIDE, precision="fp32", renew=made.renew)
     made.kill()
 

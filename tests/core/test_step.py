@@ -96,7 +96,7 @@ KINDS = [
 ]
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.alone)])
 def ranks(request, tmp_path_factory):
     folder, workers = tmp_path_factory.mktemp("ranks"), request.param
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])  # torch is imported once

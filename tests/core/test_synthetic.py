@@ -105,7 +105,7 @@ def darker_side(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def test_colour_alone_does_not_tell_the_classes(world):
-    """The best class of each of 32^3 colours, learnt on 45 scenes, stays below half of the 0.42 mIoU that a U-Net of ImageNet weights
+    """The best class of each of 32^3 colours, learnt on 45 scenes, stays well below half of the 0.42 mIoU that a U-Net of ImageNet weights
     reaches on 96 (uniform selection in results/evidence/world-dev, far from converged: 0.56 by five times the training).
     """
     bins, classes = zip(*(colours(s) for s in world[:45]), strict=True)
@@ -115,7 +115,7 @@ def test_colour_alone_does_not_tell_the_classes(world):
         guess = (seen * weight).argmax(1)[bins]
         counts = np.bincount(classes * 8 + guess, minlength=64).reshape(8, 8)
         iou = counts.diagonal() / (counts.sum(0) + counts.sum(1) - counts.diagonal())
-        assert 0.08 < iou.mean() < 0.42 / 2
+        assert 0.08 < iou.mean() < 0.179
 
 
 def colours(drawn) -> tuple[np.ndarray, np.ndarray]:
