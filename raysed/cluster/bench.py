@@ -395,7 +395,7 @@ def plain_loop(bench: Bench) -> Callable[[Any], None]:
     """The training loop a user would write: channels last, Adam, the same loss; a step of two micro-batches of 8."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     net = networks.build(ARCH, bench.classes, 0).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    adam = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], 1e-3)
+    adam = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], 1e-3, fused=True)
     alpha = torch.from_numpy(bench.alpha)
     dtype = DTYPES[bench.precision]
     if bench.precision == "bf16":
@@ -548,7 +548,7 @@ def predict_over_bare(bench: Bench) -> Row:
     model = of_run(str(bench.run("passive")))
     settings = Settings(block=MAPPED_BLOCK**2)
     cores = len(os.sched_getaffinity(0))
-    short, long = (_scene(bench, cores * n) for n in (1, 3))
+    short, long = (_scene(bench, cores * n) for n in (2, 8))
     more = _windows(long, model.record.tile_size, settings) - _windows(
         short, model.record.tile_size, settings
     )

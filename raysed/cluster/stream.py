@@ -1,8 +1,8 @@
 """This rank's share of a cycle as Ray Data: read by ranged reads, verified, decoded, augmented, in plan order.
 
 An open Ray Data execution spins in the process that consumes it, so the stream is drained in chunks: chunk k + 1 in a thread
-while chunk k trains, and nothing is open during most steps.  An execution takes 0.2 s to begin, so the first few tiles are
-read by the trainer's own process meanwhile.
+while chunk k trains, and nothing is open during most steps; a trainer that has to wait for a chunk begins the next one beside it.
+An execution takes 0.2 s to begin, so the first few tiles are read by the trainer's own process meanwhile, a piece at a time.
 """
 
 import time
@@ -31,6 +31,8 @@ TASKS = 4
 
 FIRST = 16
 """Tiles that the trainer's process reads itself at the beginning, at most."""
+PIECE = 8
+"""Of these, tiles read at once: training begins with the first."""
 
 
 STARVED_SECONDS = 120.0
@@ -55,6 +57,10 @@ class Row:
 
 Drained = tuple[list[Row], Counter[str], list[BadTile]]
 """Tiles, how many of them each node has read, and the bad ones."""
+
+
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(2, thread_name_prefix="raysed-stream")
 
 
 @cache
@@ -157,14 +163,14 @@ class Stream:
             "keys": keys,
             "limits": asdict(limits),
         }
-        first = min(FIRST, chunk)
+        first = min(FIRST, chunk, len(self._wanted))
         rest = range(first, len(self._wanted), chunk)
         self._chunks = deque(self._wanted[i : i + chunk] for i in rest)
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="raysed-stream")
+        self._threads = _threads()
         self._coming: deque[tuple[Future[Drained], list[tuple[int, str]]]] = deque()
         self._ready: list[Row] = []
-        if self._wanted:
-            self._begin(self._read_here, self._wanted[:first])
+        for i in range(0, first, PIECE):
+            self._begin(self._read_here, self._wanted[i : min(i + PIECE, first)])
         self._advance()
 
     def take(self, positions: Sequence[int]) -> list[Row]:
@@ -173,12 +179,14 @@ class Stream:
         while len(self._ready) < len(positions):
             assert self._coming, "more tiles asked for than were planned"
             coming, wanted = self._coming.popleft()
+            if not self._coming and not coming.done():
+                self._advance()
             try:
                 rows, nodes, bad = coming.result(timeout=None if self.alone else STARVED_SECONDS)
             except TimeoutError:
                 if coming.done():
                     raise
-                self.alone = self.starved = True
+                self._starve()
                 rows, nodes, bad = self._read_here(wanted)
             self._ready += rows
             self.nodes += nodes
@@ -198,7 +206,16 @@ class Stream:
 
     def close(self) -> None:
         """End the drain that may still run."""
-        self._threads.shutdown(wait=not self.starved, cancel_futures=True)
+        self._threads.shutdown(cancel_futures=True)
+
+    def _starve(self) -> None:
+        """Read here from now on, and leave the threads alone that wait for read tasks."""
+        self.alone = self.starved = True
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads, waiting = _threads(), self._coming
+        self._coming = deque()
+        for _, wanted in waiting:
+            self._begin(self._read_here, wanted)
 
     def _begin(self, read: Callable[[list[tuple[int, str]]], Drained], wanted: list[tuple[int, str]]) -> None:
         self._coming.append((self._threads.submit(read, wanted), wanted))

@@ -99,7 +99,12 @@ def learning_rate(base: float, schedule: str, step: int, steps: int) -> float:
 
 def weights_of(net: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers by name, on the CPU, contiguous, copied."""
-    return {n: t.detach().cpu().clone().contiguous() for n, t in net.state_dict().items()}
+    return {n: _copied(t) for n, t in net.state_dict().items()}
+
+
+def _copied(t: Tensor) -> Tensor:
+    """On the CPU, contiguous, in one copy."""
+    return t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 @dataclass
@@ -178,7 +183,7 @@ class Learner:
         kernels = [p for p in self.parameters.values() if p.ndim > 1]
         others = [p for p in self.parameters.values() if p.ndim <= 1]
         groups = [{"params": kernels, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.999))
+        self.adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.999), fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")  # type: ignore[attr-defined]
         if self.device.type == "cpu" and precision == "bf16":
             train_grouped_in_fp32(net)
@@ -392,7 +397,7 @@ class Learner:
         weights in training as `training/<name>`; Adam has nothing before the first step.
         """
         state = {
-            f"{name}.{kind}": value.detach().cpu().clone().contiguous()
+            f"{name}.{kind}": _copied(value)
             for name, p in self.parameters.items()
             for kind, value in self.adam.state.get(p, {}).items()
         }
@@ -411,7 +416,8 @@ class Learner:
                 continue
             kinds = {k: state[f"{name}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
             self.adam.state[p] = {
-                k: v.clone() if k == "step" else torch.empty_like(p).copy_(v) for k, v in kinds.items()
+                k: v.to(p.device, copy=True) if k == "step" else torch.empty_like(p).copy_(v)
+                for k, v in kinds.items()
             }
         if self.scaler.is_enabled() and "loss_scale" in state:  # else it was written in another precision
             own = {"scale": float(state["loss_scale"]), "_growth_tracker": int(state["loss_scale_steps"])}
