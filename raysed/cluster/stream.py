@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -167,6 +168,8 @@ class Stream:
         rest = range(first, len(self._wanted), chunk)
         self._chunks = deque(self._wanted[i : i + chunk] for i in rest)
         self._threads = _threads()
+        self._one = Lock()
+        """Held by whoever reads here: two at once would keep the first tiles waiting."""
         self._coming: deque[tuple[Future[Drained], list[tuple[int, str]]]] = deque()
         self._ready: list[Row] = []
         for i in range(0, first, PIECE):
@@ -229,9 +232,10 @@ class Stream:
         return [{"position": p, **at} for (p, _), at in zip(wanted, locations, strict=True)]
 
     def _read_here(self, wanted: list[tuple[int, str]]) -> Drained:
-        items = self._items(wanted)
-        columns = {name: np.array([item[name] for item in items]) for name in items[0]}
-        return _drained([read_and_augment(columns, **self._arguments)])
+        with self._one:
+            items = self._items(wanted)
+            columns = {name: np.array([item[name] for item in items]) for name in items[0]}
+            return _drained([read_and_augment(columns, **self._arguments)])
 
     def _drain(self, wanted: list[tuple[int, str]]) -> Drained:
         items = self._items(wanted)
