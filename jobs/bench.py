@@ -10,16 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from raysed import cli
-from raysed.cluster.bench import ROWS, SCENES, TILE, result_json, run_rows
+from raysed.cluster.bench import ROWS, result_json, run_rows
 from raysed.cluster.connect import TUNABLES
 from raysed.cluster.prepare import prepare_synthetic
 from raysed.errors import RaysedError, UsageError
 from raysed.io.provenance import environment
 from raysed.io.store import Store
-from raysed.runs import say
+from raysed.runs import DEMO_SCENES, DEMO_STORE, DEMO_TILE, say
 
 OUT = Path("results/bench/latest.json")
-STORE = "data/bench"
 
 
 def job(argv: Sequence[str]) -> int:
@@ -32,8 +31,8 @@ def job(argv: Sequence[str]) -> int:
             raise UsageError(f"unknown row {name!r}, known are {', '.join(ROWS)}")
 
     def prepare() -> Store:
-        prepare_synthetic(STORE, scenes=SCENES, tile=TILE, say=say)
-        return Store.open(STORE)
+        prepare_synthetic(DEMO_STORE, scenes=DEMO_SCENES, tile=DEMO_TILE, say=say)
+        return Store.open(DEMO_STORE)
 
     measured = environment()
     rows, failed = run_rows(names, prepare, say)

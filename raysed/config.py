@@ -361,6 +361,10 @@ class Experiment:
         first = cycle // self.pool.cycles * self.pool.cycles
         return first, min(self.pool.cycles, self.cycles - first)
 
+    def restarts(self, cycles: int) -> list[int]:
+        """Which of so many cycles begin with the initial weights again."""
+        return [c for c in range(1, cycles) if self.schedule_span(c)[0] == c]
+
     @property
     def asks_people(self) -> bool:
         """Whether the labels bought come from people; then the pool is all training tiles, labelled in the store or not."""

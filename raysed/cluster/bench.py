@@ -1,9 +1,9 @@
 """Benchmarks: every figure a ratio measured in one run on the same cores, the two sides alternating.
 
-A row measures both sides in turn and keeps the ratio of each repetition; the value is their median with a bootstrap interval of
-95 %, and a goal counts as met only by the interval's worse end.  Runs of the system that are compared stand on the cluster side by
-side and take a cycle in turn, so that a machine whose speed drifts slows both.  The rivals are the tuned plain PyTorch a user
-would write.
+A row measures both sides in turn and keeps the ratio of each repetition; the value is their median with an interval of 95 %
+by order statistics, and a goal counts as met only by the interval's worse end.  Runs of the system that are compared stand on the
+cluster side by side and take two cycles in turn, so that a machine whose speed drifts slows both; the second counts, beside which
+the first is committed.  The rivals are the tuned plain PyTorch a user would write, and Ray stands still while they run.
 """
 
 import io
@@ -17,8 +17,9 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from torch.multiprocessing.spawn import ProcessException
 from torch.utils.flop_counter import FlopCounterMode
 
 from raysed.cluster.connect import connect
@@ -35,8 +37,9 @@ from raysed.cluster.launch import Stepper
 from raysed.cluster.local import ObjectServer
 from raysed.cluster.mapper import BATCH, Settings
 from raysed.cluster.predict import predict
-from raysed.cluster.scoring import Network, ScorerPool, Work, score_pool
-from raysed.cluster.stream import Stream
+from raysed.cluster.scorekeeping import Scorekeeper
+from raysed.cluster.scoring import Answers, Network, ScorerPool, Scores, Work, score_pool
+from raysed.cluster.stream import BLOCK, Stream
 from raysed.config import AugmentConfig, ClusterConfig, Experiment, OptimConfig, SelectConfig
 from raysed.core import networks
 from raysed.core.augment import augment, to_uint8
@@ -44,7 +47,6 @@ from raysed.core.losses import class_weights, focal_loss_sum
 from raysed.core.plan import plan
 from raysed.core.pool import sorted_names, without
 from raysed.core.randomness import keyed_rng
-from raysed.core.scores import ScoreTable
 from raysed.core.splits import training_rows
 from raysed.core.step import (
     DTYPES,
@@ -68,13 +70,14 @@ from raysed.io.store import INDEX, LOCATION, POOL, TRAINING, Dataset, Store, Til
 CPU = torch.device("cpu")
 ARCH = "efficientunet-b0"
 ARCHS = ("unet", ARCH, "efficientunet-b4")
-SCENES, TILE = 300, 128
-"""Of the synthetic store: 960 training tiles, 240 of validation, all of `TILE` pixels."""
-TILES = 192
-"""A cycle, in rows that train: a fifth of the pool, twelve steps."""
-CYCLES = 9
-"""Of a run, in rows that train; the first is cold and left out."""
-BOOTSTRAP = 2000
+TILES = 96
+"""A cycle, in rows that train: a fifth of the pool, six steps."""
+SHAPE = 8, 128
+"""Classes, and side of a tile in pixels, of the synthetic store."""
+MISHAPS = (RaysedError, subprocess.SubprocessError, ProcessException)
+"""After which a row is not measured, and others are."""
+TURNS = 10
+"""Of a group that takes turns; the first is cold and left out."""
 HAS_AMX = torch.cpu._is_amx_tile_supported()
 """Whether this CPU multiplies matrices of bf16 in units of their own."""
 
@@ -97,7 +100,7 @@ class Goal:
 
 
 GOALS = {
-    "active / passive": Goal("x the bare costs' ratio", 1.03, False, "a warm cycle with fresh scores of the whole pool over a passive one, over the ratio that the bare costs of step, scoring and validation on the same cores predict; bare scoring is that of one process with all cores or of a process on every core at once, whichever is faster"),
+    "active / passive": Goal("x the bare costs' ratio", 1.03, False, "a warm cycle with fresh scores of the whole pool over a passive one, over the ratio that the bare costs of step, scoring and validation on the same cores predict; bare scoring is that of one process with all cores or of a process on every core at once, whichever is faster, without Ray"),
     "by-product / passive": Goal("x", 1.05, False, "cycles with by-product scores (first full scoring spread over 30 cycles) over passive cycles of the same tiles"),
     "overlapped / passive": Goal("x", 1.03, False, "cycles scored with weights one cycle old, at half the side, while training runs, trainer and scorer on a core each, over passive cycles with the trainer on one core; at the full side one core scores the pool in more time than the other trains a fifth of it"),
     "training / plain loop": Goal("x", 0.97, True, "training tiles/s of the system, stall included, over a plain PyTorch loop fed by the best of several DataLoader settings that does the same reading, decoding and augmenting"),
@@ -107,11 +110,11 @@ GOALS = {
     "scoring / bare forward": Goal("x a core", 0.95, True, "tiles/s a core of the whole pool through the scorers over a bare forward pass with scores of one thread, same precision, inference mode"),
     "two scorers / one": Goal("x", 1.8, True, "tiles/s of two scorers of one thread over one"),
     "predict / bare forward": Goal("x", 0.9, True, "windows/s of jobs/predict.py on GeoTIFFs, reading, blending and writing included, over a bare forward pass of as many windows in memory by the same cores; a long image minus a short one, so that the start of the actors is left out"),
-    "stream / DataLoader": Goal("x", 1.0, True, "tiles/s of the tile stream alone from a bucket, warm, over the best of several DataLoader settings with the same functions, which read a batch at once as we do"),
+    "stream / DataLoader": Goal("x", 1.0, True, "tiles/s of the tile stream alone from a bucket, warm, over the best of several DataLoader settings with the same functions, which read a batch at once, of 8 to 64 tiles; both hand over stacked batches"),
     "first batch / DataLoader": Goal("x", 1.5, False, "seconds until the first eight tiles of a warm cycle are there, from a bucket, over those of the best of several warm DataLoaders"),
     "augmentation": Goal("% of a step", 3, False, "augmenting a tile over a training step a tile of efficientunet-b0, both on one thread"),
-    "bytes fetched": Goal("x", 1.1, False, "bytes asked of the storage for a random fifth over the bytes of those tiles"),
-    "fixed seconds": Goal("s a cycle", 1.5, False, "a warm passive cycle without steps and validation"),
+    "bytes fetched": Goal("x", 1.1, False, "bytes of the ranged reads that a random fifth is fetched by, read task by read task, over the bytes of those tiles"),
+    "fixed seconds": Goal("s a cycle", 1.5, False, "a warm passive cycle without steps and validation, the way to the next cycle included"),
     "two workers / one": Goal("x", 1.7, True, "tiles/s of two workers of one thread over one of one thread, same global batch"),
     "two processes, steps": Goal("x", None, True, "training steps/s of two processes of one thread that share nothing but the machine over one such process: the most that two workers can do here, and how far a trainer slows beside a busy scorer"),
     "two processes, scores": Goal("x", None, True, "the same of forward passes with scores: the most that two scorers can do here"),
@@ -119,7 +122,7 @@ GOALS = {
     "controller 1e6": Goal("s a cycle", 60, False, "the same of 10^6 tiles"),
     "controller 1e7": Goal("s a cycle", 60, False, "the same of 10^7 tiles"),
     "controller memory": Goal("GiB", 4, False, "the most that a process holds that does this for 10^7 tiles, every column of their index, torch and Ray included"),
-    "commit": Goal("% of the step time", 1, False, "time a warm cycle of twelve steps is blocked by its commit over the time it trains"),
+    "commit": Goal("% of the step time", 1, False, "time a warm cycle of six steps is blocked by its commit over the time it trains"),
     "parameters": Goal("million", None, True, "parameters of unet; efficientunet-b0 and -b4 stand in the samples"),
     "latency": Goal("ms", None, False, "forward pass of one 256 px tile by efficientunet-b0; unet and -b4, and the operations that each takes, stand in the samples"),
     "step memory": Goal("GiB", None, False, "what a process grows by at most in a training step of four 256 px tiles by efficientunet-b0; unet and -b4 stand in the samples"),
@@ -143,12 +146,28 @@ class Row:
 
 
 def row(name: str, samples: Sequence[float], note: Sequence[Any] = ()) -> Row:
-    """A row of its samples: median, bootstrap interval of the median, verdict."""
-    values, goal = np.asarray(samples, float), GOALS[name]
-    drawn = np.median(np.random.default_rng(0).choice(values, (BOOTSTRAP, len(values))), 1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    value, worst, best, *kept = (float(f"{v:.4g}") for v in (np.median(values), low, high, *values))
+    """A row of its samples: median, interval of the median, verdict."""
+    values, goal = sorted(map(float, samples)), GOALS[name]
+    low, high = interval(values)
+    value, worst, best, *kept = (float(f"{v:.4g}") for v in (np.median(values), low, high, *samples))
     return Row(name, value, worst, best, goal.unit, goal.limit, goal.met(low, high), goal.how, [*kept, *note])
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The narrowest pair of order statistics that holds the median with a chance of 95 %, whatever the distribution.
+
+    Of fewer than six values it is their range, whose chance is less: 94 % of five, 75 % of three, none of one.
+
+    Args:
+        values: in order.
+    """
+    n, left_out = len(values), 0
+    while 1 - 2 * sum(math.comb(n, k) for k in range(left_out + 2)) / 2**n >= CONFIDENCE:
+        left_out += 1
+    return values[left_out], values[n - 1 - left_out]
+
+
+CONFIDENCE = 0.95
 
 
 @dataclass
@@ -159,19 +178,19 @@ class Bench:
         store: the synthetic store.
         folder: for run directories.
         server: runs only while a row needs a bucket; Ray has its credentials from the start.
+        together: see `together`, measured before Ray starts.
     """
 
     store: Store
     folder: Path
     server: ObjectServer
+    together: dict[tuple[str, int], list[tuple[float, float]]]
 
     def __post_init__(self) -> None:
         self.turns: dict[str, list[Any]] = {}
         """What is measured in turn, by name, and what it gave in each turn."""
-        self.rival: tuple[Callable[[Any], None], str, Any] | None = None
-        """The plain training loop, its best DataLoader setting, and the loader."""
-        self.together: dict[tuple[str, int], list[tuple[float, float]]] = {}
-        """Work a second of so many processes at once, and of one, by what they do and how many they are."""
+        self.rival: tuple[Callable[[Any, int], None], Rival] | None = None
+        """The plain training loop and its best setting."""
         self.controller_gib = 0.0
         """Peak of the controller row of most tiles."""
         self.ids = sorted(self.store.split("train")["tile_id"].to_pylist())
@@ -180,19 +199,28 @@ class Bench:
         self.alpha = class_weights(np.array(self.store.dataset.pixels["train"][1:]), 0.5)
 
     def take_turns(self, group: Sequence[str]) -> None:
-        """Measure each of a group once a turn; runs of the system take a cycle, and the first turn does not count."""
+        """Measure each of a group once a turn; runs of the system take two cycles, and the first turn does not count."""
         runs = {
-            name: Stepper(self._experiment(name), 0, say=lambda _: None) for name in group if name in RUNS
+            name: Stepper(self._experiment(name), 1, say=lambda _: None) for name in group if name in RUNS
         }
         try:
-            for turn in range(CYCLES):
+            for turn in range(TURNS):
                 for name in group:
-                    found = runs[name].step(turn).record if name in runs else TURNS[name](self)
+                    found = self._cycle(name, runs[name], turn) if name in runs else RIVALS[name](self)
                     if turn:
                         self.turns.setdefault(name, []).append(found)
         finally:
             for run in runs.values():
                 run.stop()
+
+    def _cycle(self, name: str, run: Stepper, turn: int) -> dict[str, Any]:
+        """Record of the second of two cycles; its seconds hold the way there from the first."""
+        record = run.step(2 * turn + 1).record
+        before = Ledger(Storage(str(self.run(name)))).manifests()[2 * turn].record
+        began, ended = (datetime.fromisoformat(r["started"]).timestamp() for r in (record, before))
+        way = began - ended - before["seconds"]["total"]
+        seconds = record["seconds"]
+        return {**record, "seconds": {**seconds, "total": seconds["total"] + way}}
 
     def run(self, name: str) -> Path:
         """Run directory of a run of the system."""
@@ -201,12 +229,14 @@ class Bench:
     def _experiment(self, name: str) -> Experiment:
         fields = dict(RUNS[name])
         select = fields.pop("select", SelectConfig())
-        base = Experiment(run=str(self.run(name)), cycles=CYCLES, optim=OptimConfig(lr=1e-3, micro_batch=8))
+        base = Experiment(
+            run=str(self.run(name)), cycles=2 * TURNS, optim=OptimConfig(lr=1e-3, micro_batch=8)
+        )
         return replace(
             base,
             data=replace(base.data, uri=self.store.storage.uri),
             select=replace(select, tiles=TILES),
-            cluster=ClusterConfig(worker_cpus=SHARE, **fields),
+            cluster=ClusterConfig(device="cpu", worker_cpus=SHARE, **fields),
         )
 
     @contextmanager
@@ -243,14 +273,38 @@ def timed(action: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
+@contextmanager
+def without_ray() -> Iterator[None]:
+    """The processes of the local Ray that this process has started stand still, for seconds: a rival's user has none of them."""
+    stopped = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            command = " ".join(process.cmdline())
+            if command.startswith("ray::") or "site-packages/ray/" in command:
+                process.suspend()
+                stopped.append(process)
+    try:
+        yield
+    finally:
+        for process in stopped:
+            with suppress(psutil.Error):
+                process.resume()
+
+
+def alone(action: Callable[[], Any]) -> float:
+    """Seconds of a call, without Ray."""
+    with without_ray():
+        return timed(action)
+
+
 def alternating(one: Callable[[], Any], other: Callable[[], Any], times: int) -> list[tuple[float, float]]:
     """Seconds of both, in turn, after a turn that does not count."""
     one(), other()
     return [(timed(one), timed(other)) for _ in range(times)]
 
 
-def bare_costs(bench: Bench, threads: int) -> tuple[float, float, float]:
-    """Seconds a tile of a training step, of scoring and of validation, on tiles in memory, this process alone."""
+def bare_costs(bench: Bench, threads: int, acts: Sequence[str]) -> list[float]:
+    """Seconds a tile of acts (step, score, validate) on tiles in memory, by this process."""
     torch.set_num_threads(threads)
     learner = bench.learner()
     tiles = bench.tiles(16)
@@ -262,20 +316,19 @@ def bare_costs(bench: Bench, threads: int) -> tuple[float, float, float]:
         torch.cat([m.target for m in micro]),
     )
 
-    def step() -> None:
-        learner.step(micro, lr=1e-6, key=("bench",), total=2)
-
-    def score() -> None:
-        scored(learner.net, whole[0], learner.precision)
-
     def validate() -> None:
         learner.evaluate([(*whole, torch.zeros(len(whole[0]), dtype=torch.int64))], 1)
 
+    how: dict[str, Callable[[], Any]] = {
+        "step": lambda: learner.step(micro, lr=1e-6, key=("bench",), total=2),
+        "score": lambda: scored(learner.net, whole[0], learner.precision),
+        "validate": validate,
+    }
     found = []
-    for action in (step, score, validate):
-        action()
-        found.append(float(np.median([timed(action) for _ in range(5)])) / 16)
-    return found[0], found[1], found[2]
+    for act in acts:
+        how[act]()
+        found.append(float(np.median([timed(how[act]) for _ in range(5)])) / 16)
+    return found
 
 
 def _halves(images: np.ndarray, labels: np.ndarray) -> list[MicroBatch]:
@@ -289,24 +342,26 @@ APART_SECONDS = 4.0
 """For which processes that share nothing are measured."""
 
 
-def together(bench: Bench, act: str, count: int) -> list[tuple[float, float]]:
-    """Batches of 16 tiles a second of so many processes that share nothing but the machine, and of one, in turn."""
+def together(act: str, count: int, shape: tuple[int, int]) -> list[tuple[float, float]]:
+    """Batches of 16 tiles a second of so many processes that share nothing but the machine, and of one, in turn.
+
+    Args:
+        act: steps or scores.
+        count: of the processes.
+        shape: classes, and side of a tile.
+    """
 
     def rate(count: int) -> float:
         with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(
-                _apart, (folder, count, act, (bench.classes, bench.side)), nprocs=count
-            )
+            torch.multiprocessing.spawn(_apart, (folder, count, act, shape), nprocs=count)
             return sum(float(path.read_text()) for path in Path(folder).glob("rate-*"))
 
-    if (act, count) not in bench.together:
-        bench.together[act, count] = [(rate(count), rate(1)) for _ in range(4)]
-    return bench.together[act, count]
+    return [(rate(count), rate(1)) for _ in range(6)]
 
 
 def apart(bench: Bench, name: str, act: str) -> Row:
     """Work of two processes over that of one."""
-    pairs = together(bench, act, 2)
+    pairs = bench.together[act, 2]
     return row(
         name, [two / one for two, one in pairs], [f"one does {np.median(pairs, 0)[1]:.2f} batches of 16/s"]
     )
@@ -378,33 +433,44 @@ class Loaded(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return made
 
 
-def loaders(store: Store, ids: list[str]) -> Iterator[tuple[str, Any]]:
-    """DataLoader settings to choose the best of."""
-    data = Loaded(store.storage.uri, store.locations(ids), store.dataset.tile_size)
-    for workers, prefetch in ((0, None), (1, 4), (2, 2), (2, 8)):
+@dataclass
+class Rival:
+    """A DataLoader, warm, and the torch threads of the process that it feeds."""
+
+    loader: Any
+    threads: int
+    name: str
+
+    @classmethod
+    def of(cls, data: Loaded, *, threads: int, workers: int, prefetch: int | None, batch: int) -> "Rival":
         # forked workers would hang in the threads of this process's S3 client
         started: dict[str, Any] = (
             {"multiprocessing_context": "spawn", "persistent_workers": True} if workers else {}
         )
         loader = torch.utils.data.DataLoader(
-            data, batch_size=8, num_workers=workers, prefetch_factor=prefetch, **started
+            data, batch_size=batch, num_workers=workers, prefetch_factor=prefetch, **started
         )  # type: ignore[arg-type]
-        yield f"{workers} workers, prefetch {prefetch}", loader
+        return cls(
+            loader, threads, f"{workers} workers, prefetch {prefetch}, batch {batch}, {threads} threads"
+        )
 
 
-def best_loader(store: Store, ids: list[str], use: Callable[[Any], Any]) -> tuple[str, Any]:
-    """The setting with which `use` is fastest, warm."""
-    times = {}
-    for name, loader in loaders(store, ids):
-        use(loader)
-        times[name] = timed(lambda loader=loader: use(loader)), loader  # type: ignore[misc]
-    name = min(times, key=lambda n: times[n][0])
-    return name, times[name][1]
+def best_of(rivals: Sequence[Rival], use: Callable[[Rival], Any]) -> Rival:
+    """The one with which `use` is fastest, warm, by the median of three times."""
+    seconds = []
+    for rival in rivals:
+        use(rival)
+        seconds.append(float(np.median([alone(lambda rival=rival: use(rival)) for _ in range(3)])))  # type: ignore[misc]
+    return rivals[int(np.argmin(seconds))]
 
 
-def plain_loop(bench: Bench) -> Callable[[Any], None]:
+def loaded(store: Store, ids: list[str]) -> Loaded:
+    """The rival's data set."""
+    return Loaded(store.storage.uri, store.locations(ids), store.dataset.tile_size)
+
+
+def plain_loop(bench: Bench) -> Callable[[Any, int], None]:
     """The training loop a user would write: channels last, Adam, the same loss; a step of two micro-batches of 8."""
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     net = networks.build(ARCH, bench.classes, 0).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     adam = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], 1e-3, fused=True)
     alpha = torch.from_numpy(bench.alpha)
@@ -412,7 +478,8 @@ def plain_loop(bench: Bench) -> Callable[[Any], None]:
     if bench.precision == "bf16":
         train_grouped_in_fp32(net)  # what our step gains by it is the row of precision's
 
-    def loop(loader: Any) -> None:
+    def loop(loader: Any, threads: int) -> None:
+        torch.set_num_threads(threads)
         for k, (images, labels) in enumerate(loader):
             x, y = to_device(images.numpy(), labels.numpy(), CPU)
             with torch.autocast("cpu", dtype, enabled=dtype is not None):
@@ -427,18 +494,22 @@ def plain_loop(bench: Bench) -> Callable[[Any], None]:
 
 def plain_turn(bench: Bench) -> float:
     """Seconds of the rival for the tiles of a cycle."""
+    cores = len(os.sched_getaffinity(0))
     if bench.rival is None:
-        loop = plain_loop(bench)
-        bench.rival = (loop, *best_loader(bench.store, bench.ids[:TILES], loop))
-    loop, _, loader = bench.rival
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    return timed(lambda: loop(loader))
+        loop, data = plain_loop(bench), loaded(bench.store, bench.ids[:TILES])
+        settings = ((cores, 0, None), (cores, 1, 4), (cores, 2, 4), (max(1, cores - 1), 1, 4))
+        rivals = [Rival.of(data, threads=t, workers=w, prefetch=p, batch=8) for t, w, p in settings]
+        bench.rival = loop, best_of(rivals, lambda r: loop(r.loader, r.threads))
+    loop, best = bench.rival
+    return alone(lambda: loop(best.loader, best.threads))
 
 
 def training_over_plain(bench: Bench) -> Row:
     both = zip(bench.turns["passive"], bench.turns["plain loop"], strict=True)
     assert bench.rival is not None
-    return row("training / plain loop", [s / _training(r) for r, s in both], [f"rival: {bench.rival[1]}"])
+    return row(
+        "training / plain loop", [s / _training(r) for r, s in both], [f"rival: {bench.rival[1].name}"]
+    )
 
 
 def _training(record: dict[str, Any]) -> float:
@@ -468,10 +539,12 @@ def commit(bench: Bench) -> Row:
 
 def bare_turn(bench: Bench) -> float:
     """Ratio of an active cycle to a passive one by the bare costs of a tile."""
-    threads = len(os.sched_getaffinity(0))
-    gain = float(np.median([all_of_them / one for all_of_them, one in together(bench, "scores", threads)]))
-    step, score, validate = bare_costs(bench, threads)
-    scoring = min(score, bare_costs(bench, 1)[1] / gain)
+    cores = len(os.sched_getaffinity(0))
+    gain = float(np.median([every / one for every, one in bench.together["scores", cores]]))
+    with without_ray():
+        step, score, validate = bare_costs(bench, cores, ("step", "score", "validate"))
+        [alone] = bare_costs(bench, 1, ("score",))
+    scoring = min(score, alone / gain)
     passive = TILES * step + bench.store.split("val").num_rows * validate
     return (passive + len(bench.ids) * scoring) / passive
 
@@ -546,7 +619,7 @@ def precision(bench: Bench, name: str, arch: str) -> Row:
     def slow() -> None:
         plain.step([MicroBatch(0, nchw, y)], lr=1e-6, key=("p",), total=1)
 
-    pairs = alternating(fast, slow, 6 if arch == ARCH else 3)  # a step of the U-Net takes seconds
+    pairs = alternating(fast, slow, 9 if arch == ARCH else 6)  # a step of the U-Net takes seconds
     return row(name, [b / a for a, b in pairs], [f"{found}, channels last"])
 
 
@@ -558,7 +631,7 @@ def predict_over_bare(bench: Bench) -> Row:
     model = of_run(str(bench.run("passive")))
     settings = Settings(block=MAPPED_BLOCK**2)
     cores = len(os.sched_getaffinity(0))
-    short, long = (_scene(bench, cores * n) for n in (2, 8))
+    short, long = (_scene(bench, cores * n) for n in (2, 6))
     more = _windows(long, model.record.tile_size, settings) - _windows(
         short, model.record.tile_size, settings
     )
@@ -580,8 +653,9 @@ def predict_over_bare(bench: Bench) -> Row:
 
     mapped(short)
     ratios = []
-    for _ in range(3):
-        forward = min(bare(1), bare(cores))
+    for _ in range(6):
+        with without_ray():
+            forward = min(bare(1), bare(cores))
         ratios.append(more * forward / (mapped(long) - mapped(short)))
     return row("predict / bare forward", ratios, [f"{more} windows of {model.record.tile_size} px"])
 
@@ -638,7 +712,7 @@ def scoring_over_bare(bench: Bench) -> Row:
         for batch in batches:
             scored(net, to_device(batch, np.zeros(0, np.uint8), CPU)[0], bench.precision)
 
-    pairs = alternating(lambda: _pool_seconds(bench, scorers, weights), bare, 4)
+    pairs = alternating(lambda: _pool_seconds(bench, scorers, weights), bare, 6)
     scorers.kill()
     return row("scoring / bare forward", [b / a for a, b in pairs])
 
@@ -646,7 +720,7 @@ def scoring_over_bare(bench: Bench) -> Row:
 def two_scorers(bench: Bench) -> Row:
     weights, one, two = _weights(bench), _scorers(bench, 1), _scorers(bench, 2)
     pairs = alternating(
-        lambda: _pool_seconds(bench, one, weights), lambda: _pool_seconds(bench, two, weights), 4
+        lambda: _pool_seconds(bench, one, weights), lambda: _pool_seconds(bench, two, weights), 6
     )
     one.kill()
     two.kill()
@@ -657,44 +731,62 @@ def stream_over_loader(bench: Bench) -> Row:
     ids = bench.ids[:STREAMED]
     with bench.in_bucket() as store:
 
-        def drained(loader: Any) -> None:
-            for _ in loader:
+        def drained(rival: Rival) -> None:
+            for _ in rival.loader:
                 pass
 
-        name, loader = best_loader(store, ids, drained)
+        data = loaded(store, ids)
+        settings = ((0, None, 8), (0, None, 64), (2, 2, 8), (2, 4, 32), (2, 2, 64), (4, 2, 32))
+        best = best_of(
+            [Rival.of(data, threads=1, workers=w, prefetch=p, batch=b) for w, p, b in settings], drained
+        )
 
         def ours() -> None:
             stream = _stream(store, ids)
-            stream.take(range(len(ids)))
+            for i in range(0, len(ids), 8):
+                rows = stream.take(range(i, min(i + 8, len(ids))))
+                np.stack([r.image for r in rows]), np.stack([r.label for r in rows])
             stream.close()
 
-        pairs = alternating(ours, lambda: drained(loader), 5)
-    return row("stream / DataLoader", [b / a for a, b in pairs], [f"rival: {name}"])
+        ours()
+        pairs = [(timed(ours), alone(lambda: drained(best))) for _ in range(9)]
+    return row("stream / DataLoader", [b / a for a, b in pairs], [f"rival: {best.name}"])
 
 
 def first_batch(bench: Bench) -> Row:
     ids, size = bench.ids[:STREAMED], 8
     with bench.in_bucket() as store:
 
-        def one(loader: Any) -> None:
-            next(iter(loader))
+        def theirs(rival: Rival) -> float:
+            with without_ray():
+                began = time.perf_counter()
+                batches = iter(rival.loader)
+                next(batches)
+                seconds = time.perf_counter() - began
+                for _ in batches if rival.loader.num_workers else ():  # what it has fetched ahead
+                    pass
+            return seconds
 
-        name, loader = best_loader(store, ids, one)
+        data = loaded(store, ids)
+        settings = ((0, None), (1, 4), (2, 2))
+        rivals = [Rival.of(data, threads=1, workers=w, prefetch=p, batch=size) for w, p in settings]
+        best = min(rivals, key=lambda rival: np.median([theirs(rival) for _ in range(4)][1:]))
 
         def ours() -> float:
             began = time.perf_counter()
             stream = _stream(store, ids)
-            stream.take(range(size))
+            rows = stream.take(range(size))
+            np.stack([r.image for r in rows]), np.stack([r.label for r in rows])
             seconds = time.perf_counter() - began
             stream.close()
             return seconds
 
         ours()
-        pairs = [(ours(), timed(lambda: one(loader))) for _ in range(15)]
+        pairs = [(ours(), theirs(best)) for _ in range(15)]
     return row(
         "first batch / DataLoader",
         [a / b for a, b in pairs],
-        [f"rival: {name}", f"{np.median(pairs, 0)[0]:.2f} s"],
+        [f"rival: {best.name}", f"{np.median(pairs, 0)[0]:.3f} s"],
     )
 
 
@@ -713,52 +805,73 @@ def augmentation(bench: Bench) -> Row:
     import cv2
 
     cv2.setNumThreads(1)
-    step = bare_costs(bench, 1)[0]
     tiles = [t for t in bench.tiles(64) if t.label is not None]
 
     def all_of_them() -> None:
         for t in tiles:
             assert t.label is not None
-            augment(t.image, t.label, keyed_rng("augment", 0, 0, t.tile_id))
+            to_uint8(augment(t.image, t.label, keyed_rng("augment", 0, 0, t.tile_id))[0])
+
+    def share() -> float:
+        return 100 * timed(all_of_them) / len(tiles) / bare_costs(bench, 1, ("step",))[0]
 
     all_of_them()
-    return row("augmentation", [100 * timed(all_of_them) / len(tiles) / step for _ in range(7)])
+    return row("augmentation", [share() for _ in range(6)])
 
 
 def bytes_fetched(bench: Bench) -> Row:
     from raysed.io import storage
 
     ratios = []
-    for seed in range(5):
+    for seed in range(6):
         chosen = np.random.default_rng(seed).choice(bench.ids, len(bench.ids) // 5, replace=False).tolist()
-        spans: dict[str, list[tuple[int, int]]] = {}
-        for at in bench.store.locations(chosen):
-            for kind in ("image", "label"):
-                spans.setdefault(at["shard"], []).append((at[f"{kind}_offset"], at[f"{kind}_length"]))
-        fetched = sum(n for s in spans.values() for _, n in storage.coalesce(s, storage.GAP))
-        ratios.append(fetched / sum(n for s in spans.values() for _, n in s))
+        wanted = fetched = 0
+        for i in range(0, len(chosen), BLOCK):
+            spans: dict[str, list[tuple[int, int]]] = {}
+            for at in bench.store.locations(chosen[i : i + BLOCK]):
+                for kind in ("image", "label"):
+                    spans.setdefault(at["shard"], []).append((at[f"{kind}_offset"], at[f"{kind}_length"]))
+            fetched += sum(n for s in spans.values() for _, n in storage.coalesce(s, storage.GAP))
+            wanted += sum(n for s in spans.values() for _, n in s)
+        ratios.append(fetched / wanted)
     return row("bytes fetched", ratios)
+
+
+class Told(Scorekeeper):
+    """Rank 0's keeper of scores; the scorers' answers are made up, all that is done with them is not."""
+
+    def _passed(self, ids: pa.StringArray, *_: Any, **__: Any) -> Scores:
+        rng, width = np.random.default_rng(0), 2 + self.classes
+        work = Work(self.store.located(ids), 8)
+        answers = Answers(work)
+        for k in range(work.whole):
+            names = [tile["tile_id"] for tile in work.tiles(k)]
+            n = len(names)
+            found = {"scores": rng.random((n, width), np.float32), "features": np.zeros((n, 0), np.float16)}
+            told = {"ids": names, "loss": np.zeros(n, np.float32), "bad": [], "node": "one"}
+            answers.take(k, {**found, **told})
+        return answers.scores()
 
 
 def controller_costs(uri: str) -> tuple[list[float], float]:
     """Seconds of what rank 0 does in a cycle for the tiles of a store, and the most GiB that this process has held, opening it included."""
-    rng = np.random.default_rng(0)
     store = Store.open(uri, None, TRAINING)
-    n = len(store.index)
     pool, store = training_rows(store.only(POOL).index, None), store.only(LOCATION)
     candidates = sorted_names(pool["tile_id"])
-    experiment = Experiment(select=SelectConfig(strategy="entropy"))
+    select = SelectConfig(strategy="entropy")
+    pool_of = ScorerPool(0, (Network(ARCH, SHAPE[0], "cpu"), uri, SHAPE[1], 0), {})
+    keeper = Told(pool_of, 1.0, store, select, multiple=32, taken={}, precision="fp32")
+    experiment = Experiment(select=select)
 
     def cycle() -> None:
-        ids = without(candidates, ())
-        work = Work(store.located(ids), 8)
-        for k in range(work.whole):
-            work.tiles(k)
-        scores = ScoreTable.unknown(ids, 8).with_scores(ids, rng.random((n, 10), np.float32)).table()
-        selection = choose(experiment, 1, scores=scores, index=pool, state={}, excluded=set())
+        scored = keeper.scores(without(candidates, ()), lambda: ({}, "now"), lambda: ({}, "before"))
+        selection = choose(experiment, 1, scores=scored.table, index=pool, state={}, excluded=set())
+        files = {
+            "selected.parquet": table_bytes(selection_table(selection)),
+            "scores.parquet": table_bytes(scored.table),
+        }
         plan(selection.tile_ids, 0, 1, 16, 8)
-        table_bytes(selection_table(selection))
-        table_bytes(scores)
+        assert files
 
     seconds = [timed(cycle) for _ in range(3)]
     return seconds, most_held()
@@ -898,7 +1011,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "two workers": {"threads": 1, "workers": 2},
 }
 """Runs of the system: how they differ from a passive one with all cores."""
-TURNS: dict[str, Callable[[Bench], float]] = {"plain loop": plain_turn, "bare costs": bare_turn}
+RIVALS: dict[str, Callable[[Bench], float]] = {"plain loop": plain_turn, "bare costs": bare_turn}
 """What else takes turns with them."""
 GROUPS = (
     ("passive", "plain loop"),
@@ -920,6 +1033,13 @@ NEEDS = {
     "predict / bare forward": {"passive"},
 }
 """The turns that a row compares."""
+
+APART: dict[str, Sequence[tuple[str, int]]] = {
+    "active / passive": [("scores", len(os.sched_getaffinity(0)))],
+    "two processes, steps": [("steps", 2)],
+    "two processes, scores": [("scores", 2)],
+}
+"""What a row needs of processes apart, see `together`."""
 
 ROWS: dict[str, Callable[[Bench], Row]] = {
     "training / plain loop": training_over_plain,
@@ -964,22 +1084,29 @@ def run_rows(
     Returns:
         The rows, and why those could not be measured that are missing.
     """
+    counted = {pair: together(*pair, SHAPE) for name in names for pair in APART.get(name, ())}
     failed: dict[str, str] = {}
     done = []
     with tempfile.TemporaryDirectory(prefix="raysed-bench-") as folder:
         server = ObjectServer(Path(folder) / "s3")
         os.environ.update(server.environment)  # before anything starts Ray, whose workers inherit it
         connect()
-        bench = Bench(prepare(), Path(folder), server)
+        bench = Bench(prepare(), Path(folder), server, counted)
         wanted = {turn for name in names for turn in NEEDS.get(name, ())}
         for group in GROUPS:
             if taking := [turn for turn in group if turn in wanted]:
-                bench.take_turns(taking)
+                try:
+                    bench.take_turns(taking)
+                except MISHAPS as error:
+                    said = f"{', '.join(taking)}: {error}"
+                    failed |= {name: said for name in names if NEEDS.get(name, set()) & set(taking)}
         for name in names:
             began = time.monotonic()
             try:
+                if name in failed:
+                    raise RaysedError(failed[name])
                 found = ROWS[name](bench)
-            except (RaysedError, subprocess.SubprocessError) as error:
+            except MISHAPS as error:
                 failed[name] = str(error)
                 say(f"{name:<24} NOT MEASURED: {error}")
                 continue

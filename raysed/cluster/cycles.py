@@ -387,7 +387,7 @@ class Worker:
             )
 
     def _cycle(self, cycle: int) -> None:
-        started = datetime.now(UTC).isoformat(timespec="seconds")
+        started = datetime.now(UTC).isoformat(timespec="milliseconds")
         opened, self._open = self._open or self._begin(cycle), None
         clock, selection = opened.clock, opened.selection
         if self.exp.buys_labels:
@@ -463,7 +463,7 @@ class Worker:
             selection, excluded = self._first(lambda: self._select(cycle, scores))
         self._labels(cycle, selection, scores)
         self._at("select", cycle)
-        if self.exp.buys_labels and self.exp.pool.retrain and cycle and self.exp.pool.begins(cycle):
+        if cycle in self.exp.restarts(cycle + 1):
             self.learner = self._learner()
         if self.keeper and self.rank == 0:
             if cycle + 1 < self.exp.cycles:

@@ -152,6 +152,7 @@ class Scorekeeper:
             if self.mode == "overlapped":
                 found, version = self._one_cycle_old(ids, now, before)
             elif self.mode != "visits":
+                self.table = table = table.without_scores()
                 found, version = self._pass(ids, now)
         if found is not None:
             kept = _is_in(found.ids, ids)

@@ -455,7 +455,7 @@ class _Asked:
     def __init__(self, work: Work, living: dict[int, ActorHandle], call: Callable[[int, int], Any]) -> None:
         self._work, self._living, self._call = work, living, call
         self.flying: dict[Any, tuple[int, int]] = {}
-        self.answers = _Answers(work)
+        self.answers = Answers(work)
         self._again: set[int] = set()
 
     def _is_open(self, k: int) -> bool:
@@ -501,7 +501,7 @@ class _Asked:
             self.feed(m)
 
 
-class _Answers:
+class Answers:
     """The answers to chunks, each put in its place: as objects those of ten million tiles would take gigabytes."""
 
     def __init__(self, work: Work) -> None:

@@ -2,16 +2,16 @@
 
 An open Ray Data execution spins in the process that consumes it, so the stream is drained in chunks: chunk k + 1 in a thread
 while chunk k trains, and nothing is open during most steps; a trainer that has to wait for a chunk begins the next one beside it.
-An execution takes 0.2 s to begin, so the first few tiles are read by the trainer's own process meanwhile, a piece at a time.
+An execution takes 0.2 s to begin, so the first few tiles are read by the trainer's own process, a piece at a time: the first
+piece alone, so that training begins soonest, the others while the execution begins.
 """
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -60,8 +60,14 @@ Drained = tuple[list[Row], Counter[str], list[BadTile]]
 """Tiles, how many of them each node has read, and the bad ones."""
 
 
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(2, thread_name_prefix="raysed-stream")
+@dataclass(frozen=True)
+class _Coming:
+    """Tiles that are being read."""
+
+    rows: Future[Drained]
+    wanted: list[tuple[int, str]]
+    is_read_here: bool
+    """By this process and not by read tasks, so that no CPU has to be free."""
 
 
 @cache
@@ -167,13 +173,13 @@ class Stream:
         first = min(FIRST, chunk, len(self._wanted))
         rest = range(first, len(self._wanted), chunk)
         self._chunks = deque(self._wanted[i : i + chunk] for i in rest)
-        self._threads = _threads()
-        self._one = Lock()
-        """Held by whoever reads here: two at once would keep the first tiles waiting."""
-        self._coming: deque[tuple[Future[Drained], list[tuple[int, str]]]] = deque()
+        self._readers = ThreadPoolExecutor(1, thread_name_prefix="raysed-read")
+        self._drains = ThreadPoolExecutor(2, thread_name_prefix="raysed-stream")
+        self._coming: deque[_Coming] = deque()
         self._ready: list[Row] = []
         for i in range(0, first, PIECE):
-            self._begin(self._read_here, self._wanted[i : min(i + PIECE, first)])
+            self._begin_here(self._wanted[i : min(i + PIECE, first)])
+        self._first = self._coming[0].rows if self._coming else None
         self._advance()
 
     def take(self, positions: Sequence[int]) -> list[Row]:
@@ -181,16 +187,19 @@ class Stream:
         began = time.perf_counter()
         while len(self._ready) < len(positions):
             assert self._coming, "more tiles asked for than were planned"
-            coming, wanted = self._coming.popleft()
-            if not self._coming and not coming.done():
+            coming = self._coming.popleft()
+            if not self._coming and not coming.rows.done():
                 self._advance()
             try:
-                rows, nodes, bad = coming.result(timeout=None if self.alone else STARVED_SECONDS)
+                rows, nodes, bad = coming.rows.result(
+                    timeout=None if coming.is_read_here else STARVED_SECONDS
+                )
             except TimeoutError:
-                if coming.done():
+                if coming.rows.done():
                     raise
+                self.alone = self.starved = True
+                rows, nodes, bad = self._read_here(coming.wanted)
                 self._starve()
-                rows, nodes, bad = self._read_here(wanted)
             self._ready += rows
             self.nodes += nodes
             self.bad += bad
@@ -209,35 +218,39 @@ class Stream:
 
     def close(self) -> None:
         """End the drain that may still run."""
-        self._threads.shutdown(cancel_futures=True)
+        self._readers.shutdown(cancel_futures=True)
+        self._drains.shutdown(wait=not self.starved, cancel_futures=True)
 
     def _starve(self) -> None:
-        """Read here from now on, and leave the threads alone that wait for read tasks."""
-        self.alone = self.starved = True
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        self._threads, waiting = _threads(), self._coming
-        self._coming = deque()
-        for _, wanted in waiting:
-            self._begin(self._read_here, wanted)
+        """Read here what read tasks were asked for; the threads that wait for these are left alone."""
+        waiting, self._coming = self._coming, deque()
+        for coming in waiting:
+            self._begin_here(coming.wanted)
 
-    def _begin(self, read: Callable[[list[tuple[int, str]]], Drained], wanted: list[tuple[int, str]]) -> None:
-        self._coming.append((self._threads.submit(read, wanted), wanted))
+    def _begin_here(self, wanted: list[tuple[int, str]]) -> None:
+        self._coming.append(_Coming(self._readers.submit(self._read_here, wanted), wanted, True))
 
     def _advance(self) -> None:
-        if self._chunks:
-            self._begin(self._read_here if self.alone else self._drain, self._chunks.popleft())
+        if not self._chunks:
+            return
+        wanted = self._chunks.popleft()
+        if self.alone:
+            self._begin_here(wanted)
+        else:
+            self._coming.append(_Coming(self._drains.submit(self._drain, wanted), wanted, False))
 
     def _items(self, wanted: list[tuple[int, str]]) -> list[dict[str, Any]]:
         locations = self._store.locations([t for _, t in wanted])
         return [{"position": p, **at} for (p, _), at in zip(wanted, locations, strict=True)]
 
     def _read_here(self, wanted: list[tuple[int, str]]) -> Drained:
-        with self._one:
-            items = self._items(wanted)
-            columns = {name: np.array([item[name] for item in items]) for name in items[0]}
-            return _drained([read_and_augment(columns, **self._arguments)])
+        items = self._items(wanted)
+        columns = {name: np.array([item[name] for item in items]) for name in items[0]}
+        return _drained([read_and_augment(columns, **self._arguments)])
 
     def _drain(self, wanted: list[tuple[int, str]]) -> Drained:
+        if self._first:
+            wait([self._first])
         items = self._items(wanted)
         tasks = min(len(items), max(TASKS, -(-len(items) // BLOCK)))
         source = ray.data.from_items(items, override_num_blocks=tasks)

@@ -76,6 +76,11 @@ class ScoreTable:
         scored[at], age[at] = rows, 0
         return replace(self, scored=scored, age=age)
 
+    def without_scores(self) -> "ScoreTable":
+        """What scorers have told forgotten: before they pass over the whole pool, not to be held beside what they will tell."""
+        unknown = ScoreTable.unknown(self.ids, self.scored.shape[1] - 2)
+        return replace(self, scored=unknown.scored, age=unknown.age)
+
     def with_losses(self, ids: list[str], visits: np.ndarray) -> "ScoreTable":
         """Training visits renew the smoothed losses; only the last 1 + C columns of the visits are used.
 
@@ -83,6 +88,8 @@ class ScoreTable:
             ids: n tiles.
             visits: (n, 2 + C + 1 + C) rows of `uncertainty.visit_scores`.
         """
+        if not len(ids):
+            return self
         loss, at = self.loss.copy(), self._at(ids)
         loss[at] = _smoothed(loss[at], visits[:, self.scored.shape[1] :])
         return replace(self, loss=loss)

@@ -1,7 +1,7 @@
 """What curves and counts of several runs say: pure numbers, no run directory.  Letters: T cycles, S seeds, M source images, C classes."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,14 +43,17 @@ def aulc_between(cost: Sequence[float], values: Sequence[float], low: float, hig
     return aulc(at.tolist(), np.interp(at, x, y).tolist())
 
 
-def fluctuation(values: Sequence[float], last: float = 0.5) -> float | None:
+def fluctuation(values: Sequence[float], last: float = 0.5, restarts: Collection[int] = ()) -> float | None:
     """Population standard deviation of the change from one cycle to the next, over the last share of the cycles; None of fewer than two changes.
 
     Args:
         values: (T,).
         last: share; 1 is the whole run.
+        restarts: cycles that begin with initial weights: the falls into them are no fluctuation.
     """
-    changes = np.diff(np.asarray(values, float))[-max(1, round(last * len(values))) :]
+    own = ~np.isin(np.arange(1, len(values)), list(restarts))
+    length = max(1, round(last * len(values)))
+    changes = np.diff(np.asarray(values, float))[-length:][own[-length:]]
     return float(changes.std()) if len(changes) > 1 else None
 
 

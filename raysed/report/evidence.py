@@ -35,7 +35,8 @@ aulc is the area under the curve of miou over the range of cost that all arms bu
 ceiling has none where its first cycle costs more than theirs): by tiles trained on; by compute, in forward passes (a training
 visit counts 3, a scored tile 1, less at smaller side; validation is alike for all and left out, and so is the run that
 select.reference names); by seconds of whole cycles; by labels bought, of runs that buy them, at the end of each round.
-fluctuation is the standard deviation of the change of miou from cycle to cycle in the second half.  time_ratio is the seconds
+fluctuation is the standard deviation of the change of miou from cycle to cycle in the second half, without the changes into
+cycles that begin with the initial weights, as rounds with pool.retrain do.  time_ratio is the seconds
 of all cycles together, each with its scoring, the first one too, over those of the best passive arm; time_ratio_warm is that of
 the median cycle without the first.
 

@@ -160,7 +160,8 @@ def _values(run: RunFile) -> dict[str, Any]:
     found: dict[str, Any] = {
         metric: mean_of_last([r["val"][key] for r in records], LAST) for metric, (key, _) in COUNTED.items()
     }
-    found["fluctuation"] = fluctuation([r["val"]["miou"] for r in records])
+    miou = [r["val"]["miou"] for r in records]
+    found["fluctuation"] = fluctuation(miou, restarts=run.restarts)
     totals = [r["seconds"]["total"] for r in records]
     return {**found, "seconds": sum(totals), "warm": float(np.median(totals[1:] or totals))}
 

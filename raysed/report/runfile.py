@@ -56,6 +56,11 @@ class RunFile:
         return len(self.cycles) >= self.facts["config"]["cycles"]
 
     @property
+    def restarts(self) -> list[int]:
+        """Cycles that began with the initial weights again."""
+        return Experiment.from_dict(self.facts["config"], self.path).restarts(len(self.cycles))
+
+    @property
     def machines(self) -> list[str]:
         """What its cycles were made on, each kind once."""
         return self.facts.get("machines") or [machine_of(self.facts)]

@@ -71,7 +71,7 @@ def summarise(run: Storage) -> dict[str, Any]:
     arms = arms_of(run)
     committed = {name: manifests for name, (_, manifests) in arms.items() if manifests}
     summary: dict[str, Any] = {
-        "arms": {name: _arm(m) for name, m in committed.items()},
+        "arms": {name: _arm(m, arms[name][0].config()[0].restarts(len(m))) for name, m in committed.items()},
         "ratios": _ratios(committed),
     }
     own, manifests = list(arms.values())[-1]
@@ -99,11 +99,11 @@ def write_summary(run: Storage) -> dict[str, Any]:
     return summary
 
 
-def _arm(manifests: list[Manifest]) -> dict[str, Any]:
-    """Numbers of one arm.
+def _arm(manifests: list[Manifest], restarts: list[int]) -> dict[str, Any]:
+    """Numbers of one arm, some of whose cycles begin with the initial weights again.
 
     metrics, iou: mean of the last `mean_of_last` cycles, the headline.  final: of the last cycle.  fluctuation: standard
-    deviation of the differences of miou from cycle to cycle.
+    deviation of the differences of miou from cycle to cycle, those into such cycles left out.
     """
     records = [m.record for m in manifests]
     totals = [r["seconds"]["total"] for r in records]
@@ -121,7 +121,7 @@ def _arm(manifests: list[Manifest]) -> dict[str, Any]:
         "metrics": {k: mean_of_last([r["val"][k] for r in records], LAST) for k in SCALARS},
         "iou": {n: mean_of_last([r["val"]["iou"][n] for r in records], LAST) for n in names},
         "final": {k: records[-1]["val"][k] for k in (*SCALARS, "classes_present")},
-        "fluctuation": fluctuation([r["val"]["miou"] for r in records], last=1.0),
+        "fluctuation": fluctuation([r["val"]["miou"] for r in records], last=1.0, restarts=restarts),
         "first_correct_cycle": {
             n: first_above([r["val"]["iou"][n] for r in records], FIRST_CORRECT) for n in names
         },

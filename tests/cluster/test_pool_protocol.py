@@ -2,8 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
-from processes import FAST, error_line, kill_at, run
+from processes import FAST, STABLE, error_line, kill_at, run, run_here
 
 from raysed.io import codec, store
 from raysed.io.ledger import Ledger, difference, verify
@@ -30,6 +31,64 @@ def test_rounds_that_buy_labels_survive_a_kill(small_store, tmp_path):
     assert [bool(m.record["scores"]) for m in manifests] == [False, False, True, False]
     refused = run("train", *flags, "--select", "defensive", "--run", str(tmp_path / "r"), code=2)
     assert "looks at labels, which select.protocol pool has yet to buy" in error_line(refused)
+
+
+def relabelled(uri: str, target: str, kept: set[str]) -> str:
+    """A copy of a store in which every training tile but these is of the first class all over."""
+    source, storage = Store.open(uri), Storage(target)
+    tiles = read_tiles(
+        source.storage, source.locations(source.index["tile_id"].to_pylist()), source.dataset.tile_size
+    )
+    rows = []
+    for row, tile in zip(store.as_written(source.index).to_pylist(), tiles, strict=True):
+        own = {f.name: row[f.name] for f in store.TILES if f.name in row}
+        label = tile.label
+        if row["split"] == "train" and tile.tile_id not in kept:
+            label = np.ones_like(label)
+            own["pixels"] = [0, label.size, *[0] * (len(row["pixels"]) - 2)]
+        rows.append(own | {"image": codec.encode_image(tile.image), "label": codec.encode_label(label)})
+    index = store.write_shard(storage, "shards/part-00000.parquet", rows)
+    about = source.dataset
+    store.finish(
+        storage, name="p", classes=about.classes, ignore=about.ignore, tile_size=about.tile_size, index=index
+    )
+    return storage.uri
+
+
+@pytest.mark.timeout(300)
+def test_nothing_follows_from_labels_that_were_not_bought(
+    ray_session, small_store, tmp_path, monkeypatch, capsys
+):
+    """Class weights and batch norm included: with all other labels changed, the weights are the same bits."""
+    flags = ["--cycles", "2", "--select.protocol", "pool", "--pool.start", "0.1", "--pool.buy", "0.1",
+             "--pool.cycles", "1", "--select", "defensive-entropy", "--cluster.threads", "1", *STABLE, *FAST]  # fmt: skip
+    runs = []
+    for name in ("known", "hidden"):
+        if runs:
+            bought = {
+                t
+                for m in runs[0].manifests()
+                for t in runs[0].table(m, "bought.parquet")["tile_id"].to_pylist()
+            }
+            assert len(bought) == 24
+        data = relabelled(small_store, str(tmp_path / name / "data"), bought) if runs else small_store
+        run_here(
+            monkeypatch,
+            capsys,
+            "train",
+            "--data",
+            data,
+            "--run",
+            str(tmp_path / name / "run"),
+            *flags,
+            code=0,
+        )
+        runs.append(Ledger(Storage(str(tmp_path / name / "run"))))
+    for one, other in zip(*(r.manifests() for r in runs), strict=True):
+        for file in ("bought.parquet", "selected.parquet", "scores.parquet"):
+            if file in one.files:
+                assert runs[0].table(one, file).equals(runs[1].table(other, file))
+        assert one.files["model.safetensors"]["sha256"] == other.files["model.safetensors"]["sha256"]
 
 
 @pytest.fixture

@@ -33,6 +33,15 @@ def test_scores_replace_and_visits_are_smoothed():
     assert np.array_equal(table.with_scores(["t2"], row).scored[2], row[0])
 
 
+def test_what_scorers_told_is_forgotten_and_losses_are_kept():
+    table = ScoreTable.unknown(IDS, 3).with_scores(["t1"], visit(1)[:, :5]).with_losses(["t4"], visit(1))
+    assert table.with_losses([], visit(0)) is table
+    left = table.without_scores()
+    assert np.isnan(left.scored).all()
+    assert (left.age == NEVER).all()
+    assert np.array_equal(left.loss, table.loss, equal_nan=True)
+
+
 def test_the_oldest_come_first_and_the_never_scored_before_them():
     table = ScoreTable.unknown(IDS, 1)
     for tile in ("t3", "t0", "t5"):

@@ -57,6 +57,13 @@ def test_fluctuation_is_of_changes_in_the_last_half():
     assert fluctuation([0.1, 0.9]) is None  # one change does not fluctuate
 
 
+def test_a_round_that_begins_anew_is_no_fluctuation():
+    rounds = [0.1 * t for t in range(4)] * 3
+    assert fluctuation(rounds, last=1.0, restarts=[4, 8]) == pytest.approx(0)
+    assert fluctuation(rounds, restarts=[8]) == pytest.approx(0)  # of the last six changes
+    assert fluctuation(rounds, restarts=[4]) > 0.1
+
+
 def test_mean_of_last_and_first_above_leave_the_unknown_out():
     assert mean_of_last([9, 9, 1, None, 3], 3) == 2
     assert mean_of_last([4, 6]) == 5

@@ -253,6 +253,22 @@ def test_an_overflow_in_fp16_changes_nothing_but_the_scale(extra):
     assert learner.scaler.get_scale() == 1.0
 
 
+def test_a_fused_step_is_adam_s_and_keeps_the_layout_of_the_weights():
+    """Fused kernels walk the memory of weight, gradient and moments side by side."""
+    learner = train(0, 1, norm=True, ordered=True, steps=1)
+    plain = {n: p.detach().clone().requires_grad_() for n, p in learner.parameters.items()}
+    adam = torch.optim.AdamW(plain.values(), lr=1e-2, betas=(0.9, 0.999), weight_decay=0.0, foreach=False)
+    for own, p in zip(plain.values(), learner.parameters.values(), strict=True):
+        own.grad = p.grad.clone()
+        adam.state[own] = {k: v.clone() for k, v in learner.adam.state[p].items()}
+        assert p.stride() == p.grad.stride() == learner.adam.state[p]["exp_avg"].stride()
+    assert any(p.ndim == 4 and not p.is_contiguous() for p in plain.values())
+    learner.adam.step()
+    adam.step()
+    for name, own in plain.items():
+        torch.testing.assert_close(learner.parameters[name], own)
+
+
 def test_a_state_from_before_the_first_step_can_be_continued():
     one, other = (train(0, 1, norm=True, ordered=False, steps=0) for _ in range(2))
     other.load_optimizer_state(one.optimizer_state())
