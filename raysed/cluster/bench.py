@@ -1084,7 +1084,7 @@ def run_rows(
     Returns:
         The rows, and why those could not be measured that are missing.
     """
-    counted = {pair: together(*pair, SHAPE) for name in names for pair in APART.get(name, ())}
+    counted = {pair: together(*pair, SHAPE) for pair in {p for name in names for p in APART.get(name, ())}}
     failed: dict[str, str] = {}
     done = []
     with tempfile.TemporaryDirectory(prefix="raysed-bench-") as folder:
