@@ -141,7 +141,7 @@ class Scorekeeper:
             now: the weights that the cycle starts from.
             before: those that the cycle before started from; asked only in mode overlapped, and not in the first cycle.
         """
-        table = self.table.only(ids).older()
+        table = self.table = self.table.only(ids).older()
         keep = np.flatnonzero(_is_in(names_of(self.visits[0]), ids))
         visited, rows = [self.visits[0][i] for i in keep], self.visits[1][keep]
         found, version = None, None
@@ -152,7 +152,6 @@ class Scorekeeper:
             if self.mode == "overlapped":
                 found, version = self._one_cycle_old(ids, now, before)
             elif self.mode != "visits":
-                self.table = table = table.without_scores()
                 found, version = self._pass(ids, now)
         if found is not None:
             kept = _is_in(found.ids, ids)
@@ -161,8 +160,9 @@ class Scorekeeper:
                 if kept.all()
                 else table.with_scores(found.ids.filter(pa.array(kept)), found.rows[kept])
             )
-        self.table = table
         columns = table.table()
+        # the next pass renews all scores: those of ten million tiles are a third of a GiB beside the columns
+        self.table = table.without_scores() if self.mode == "fresh" else table
         bad, tiles = (list(found.bad), len(found.ids)) if found else ([], 0)
         if self.reference is not None:
             more, unread = self._reference_pass(ids)

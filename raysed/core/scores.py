@@ -77,7 +77,7 @@ class ScoreTable:
         return replace(self, scored=scored, age=age)
 
     def without_scores(self) -> "ScoreTable":
-        """What scorers have told forgotten: before they pass over the whole pool, not to be held beside what they will tell."""
+        """What scorers have told forgotten."""
         unknown = ScoreTable.unknown(self.ids, self.scored.shape[1] - 2)
         return replace(self, scored=unknown.scored, age=unknown.age)
 
