@@ -361,9 +361,13 @@ class Experiment:
         first = cycle // self.pool.cycles * self.pool.cycles
         return first, min(self.pool.cycles, self.cycles - first)
 
+    def begins_anew(self, cycle: int) -> bool:
+        """Whether a cycle begins with the initial weights again."""
+        return cycle > 0 and self.schedule_span(cycle)[0] == cycle
+
     def restarts(self, cycles: int) -> list[int]:
-        """Which of so many cycles begin with the initial weights again."""
-        return [c for c in range(1, cycles) if self.schedule_span(c)[0] == c]
+        """Which of so many cycles begin anew."""
+        return [c for c in range(cycles) if self.begins_anew(c)]
 
     @property
     def asks_people(self) -> bool:

@@ -76,6 +76,8 @@ SHAPE = 8, 128
 """Classes, and side of a tile in pixels, of the synthetic store."""
 MISHAPS = (RaysedError, subprocess.SubprocessError, ProcessException)
 """After which a row is not measured, and others are."""
+CONFIDENCE = 0.95
+"""With which an interval holds the median."""
 TURNS = 10
 """Of a group that takes turns; the first is cold and left out."""
 HAS_AMX = torch.cpu._is_amx_tile_supported()
@@ -165,9 +167,6 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     while 1 - 2 * sum(math.comb(n, k) for k in range(left_out + 2)) / 2**n >= CONFIDENCE:
         left_out += 1
     return values[left_out], values[n - 1 - left_out]
-
-
-CONFIDENCE = 0.95
 
 
 @dataclass
@@ -543,8 +542,8 @@ def bare_turn(bench: Bench) -> float:
     gain = float(np.median([every / one for every, one in bench.together["scores", cores]]))
     with without_ray():
         step, score, validate = bare_costs(bench, cores, ("step", "score", "validate"))
-        [alone] = bare_costs(bench, 1, ("score",))
-    scoring = min(score, alone / gain)
+        [of_one] = bare_costs(bench, 1, ("score",))
+    scoring = min(score, of_one / gain)
     passive = TILES * step + bench.store.split("val").num_rows * validate
     return (passive + len(bench.ids) * scoring) / passive
 
@@ -1084,15 +1083,21 @@ def run_rows(
     Returns:
         The rows, and why those could not be measured that are missing.
     """
-    counted = {pair: together(*pair, SHAPE) for pair in {p for name in names for p in APART.get(name, ())}}
+    counted: dict[tuple[str, int], list[tuple[float, float]]] = {}
     failed: dict[str, str] = {}
     done = []
+    for name in names:
+        try:
+            for pair in APART.get(name, ()):
+                counted[pair] = counted.get(pair) or together(*pair, SHAPE)
+        except MISHAPS as error:
+            failed[name] = str(error)
     with tempfile.TemporaryDirectory(prefix="raysed-bench-") as folder:
         server = ObjectServer(Path(folder) / "s3")
         os.environ.update(server.environment)  # before anything starts Ray, whose workers inherit it
         connect()
         bench = Bench(prepare(), Path(folder), server, counted)
-        wanted = {turn for name in names for turn in NEEDS.get(name, ())}
+        wanted = {turn for name in names if name not in failed for turn in NEEDS.get(name, ())}
         for group in GROUPS:
             if taking := [turn for turn in group if turn in wanted]:
                 try:

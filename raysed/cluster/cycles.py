@@ -463,7 +463,7 @@ class Worker:
             selection, excluded = self._first(lambda: self._select(cycle, scores))
         self._labels(cycle, selection, scores)
         self._at("select", cycle)
-        if cycle in self.exp.restarts(cycle + 1):
+        if self.exp.begins_anew(cycle):
             self.learner = self._learner()
         if self.keeper and self.rank == 0:
             if cycle + 1 < self.exp.cycles:

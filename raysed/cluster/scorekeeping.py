@@ -110,12 +110,16 @@ class Scorekeeper:
 
     def restore(self, scores: pa.Table, visits: pa.Table | None) -> None:
         """Go on after a committed cycle, from its `scores.parquet` and `visits.parquet`."""
-        self.table = ScoreTable.from_table(scores, self.classes)
+        self.table = self._kept(ScoreTable.from_table(scores, self.classes))
         if "irreducible" in scores.column_names:
             pairs = zip(scores["tile_id"].to_pylist(), scores["irreducible"].to_pylist(), strict=True)
             self.irreducible = {t: v for t, v in pairs if v is not None}
         if visits is not None:
             self.visits = visits["tile_id"].to_pylist(), matrix(visits["row"])
+
+    def _kept(self, table: ScoreTable) -> ScoreTable:
+        """What the next cycle needs: a fresh pass renews all scores, and those of ten million tiles are a third of a GiB."""
+        return table.without_scores() if self.mode == "fresh" else table
 
     def forget(self) -> None:
         """Be as at the beginning of a run, but for the irreducible losses, once the pass that may be running has ended."""
@@ -141,7 +145,7 @@ class Scorekeeper:
             now: the weights that the cycle starts from.
             before: those that the cycle before started from; asked only in mode overlapped, and not in the first cycle.
         """
-        table = self.table = self.table.only(ids).older()
+        table = self.table.only(ids).older()
         keep = np.flatnonzero(_is_in(names_of(self.visits[0]), ids))
         visited, rows = [self.visits[0][i] for i in keep], self.visits[1][keep]
         found, version = None, None
@@ -161,8 +165,7 @@ class Scorekeeper:
                 else table.with_scores(found.ids.filter(pa.array(kept)), found.rows[kept])
             )
         columns = table.table()
-        # the next pass renews all scores: those of ten million tiles are a third of a GiB beside the columns
-        self.table = table.without_scores() if self.mode == "fresh" else table
+        self.table = self._kept(table)
         bad, tiles = (list(found.bad), len(found.ids)) if found else ([], 0)
         if self.reference is not None:
             more, unread = self._reference_pass(ids)

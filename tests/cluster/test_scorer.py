@@ -19,7 +19,7 @@ from raysed.cluster.scorekeeping import Scorekeeper
 from raysed.cluster.scoring import CHUNK, Network, Scorer, ScorerPool, Scores, Work, score_pool
 from raysed.config import SelectConfig
 from raysed.core.networks import build
-from raysed.core.pool import names_of
+from raysed.core.pool import names_of, sorted_names
 from raysed.core.scores import ScoreTable
 from raysed.core.step import to_device
 from raysed.core.uncertainty import log_probabilities, tile_scores
@@ -122,6 +122,49 @@ def test_the_irreducible_loss_is_found_once_a_run_and_goes_on_from_the_ledger(st
     assert three.table["irreducible"] == one.table["irreducible"]
 
 
+def test_the_first_pass_of_overlapped_scores_serves_the_second_cycle_too(store, monkeypatch):
+    select, ids = SelectConfig(strategy="entropy", scores="overlapped"), sorted_names(store.index["tile_id"])
+    passes = []
+
+    def passed(self, own, weights, version, **how):
+        passes.append(version)
+        rows = np.ones((len(own), 2 + self.classes), np.float32)
+        return Scores(own, rows, np.zeros((len(own), 0)), np.zeros(len(own), np.float32), [], {})
+
+    def first() -> tuple[dict, str]:
+        return {}, "first"
+
+    monkeypatch.setattr(Scorekeeper, "_passed", passed)
+    keeper = Scorekeeper(None, 1.0, store, select, multiple=32, taken={}, precision="fp32")
+    told = keeper.scores(ids, first, lambda: pytest.fail("there was no cycle before"))
+    keeper.begin_ahead(ids, first)
+    again = keeper.scores(ids, lambda: ({}, "second"), first)
+    assert [told.weights, again.weights] == ["first", "first"]
+    assert passes == ["first"]
+
+
+def test_fresh_scores_of_a_run_that_goes_on_are_those_of_one_that_was_not_killed(store, monkeypatch):
+    """A tile that a pass could not read has no score, whatever the pass before told."""
+    select, ids = SelectConfig(strategy="entropy"), sorted_names(store.index["tile_id"])
+    left_out = [0]
+
+    def passed(self, own, weights, version, **how):
+        own = own[left_out[0] :]
+        rows = np.ones((len(own), 2 + self.classes), np.float32)
+        return Scores(own, rows, np.zeros((len(own), 0)), np.zeros(len(own), np.float32), [], {})
+
+    def keeper() -> Scorekeeper:
+        return Scorekeeper(None, 1.0, store, select, multiple=32, taken={}, precision="fp32")
+
+    monkeypatch.setattr(Scorekeeper, "_passed", passed)
+    calm, torn, weights = keeper(), keeper(), lambda: ({}, "weights")
+    torn.restore(calm.scores(ids, weights, weights).table, None)
+    left_out[0] = 1
+    one, other = (k.scores(ids, weights, weights).table for k in (calm, torn))
+    assert one.equals(other)
+    assert one["entropy"].null_count == 1
+
+
 def test_what_a_diverged_attempt_left_behind_is_forgotten(store):
     select = SelectConfig(strategy="entropy", scores="overlapped")
     keeper = Scorekeeper(None, 1.0, store, select, multiple=32, taken={}, precision="fp32")
@@ -182,7 +225,7 @@ def test_a_chunk_that_two_scorers_did_not_outlive_is_asked_tile_by_tile():
 
 def test_answers_stand_in_the_order_of_the_tiles_whatever_came_first():
     work = Work(located([{"tile_id": f"t{i:03d}", "sha256": "h"} for i in range(2 * CHUNK)]), 2)
-    answers = scoring._Answers(work)
+    answers = scoring.Answers(work)
 
     def answer(numbers: list[int], bad: list[int]) -> dict:
         rows = np.array([[i] * 3 for i in numbers], np.float32).reshape(len(numbers), 3)
@@ -203,7 +246,7 @@ def test_answers_stand_in_the_order_of_the_tiles_whatever_came_first():
     assert found.rows[:, 2].tolist() == found.features[:, 0].tolist() == (-found.loss).tolist() == numbers
     assert [b.tile_id for b in found.bad] == ["t000", "t001", f"t{CHUNK + 3:03d}"]
     assert found.nodes == {"here": 2 * CHUNK - 3}
-    none = scoring._Answers(work)
+    none = scoring.Answers(work)
     none.take(0, answer([], list(range(CHUNK))))
     assert len(none.scores().ids) == 0
 
