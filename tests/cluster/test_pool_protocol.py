@@ -55,11 +55,10 @@ def relabelled(uri: str, target: str, kept: set[str]) -> str:
     return storage.uri
 
 
-@pytest.mark.timeout(300)
 def test_nothing_follows_from_labels_that_were_not_bought(
     ray_session, small_store, tmp_path, monkeypatch, capsys
 ):
-    """With all other labels changed a run buys and trains on the same tiles, and has the same losses, in which are class weights."""
+    """Class weights and batch norm included: with all other labels changed, the weights are the same bits."""
     flags = ["--cycles", "2", "--select.protocol", "pool", "--pool.start", "0.1", "--pool.buy", "0.1",
              "--pool.cycles", "1", "--select", "defensive-entropy", "--cluster.threads", "1", *STABLE, *FAST]  # fmt: skip
     runs = []
@@ -86,9 +85,8 @@ def test_nothing_follows_from_labels_that_were_not_bought(
         runs.append(Ledger(Storage(str(tmp_path / name / "run"))))
     for one, other in zip(*(r.manifests() for r in runs), strict=True):
         for file in ("bought.parquet", "selected.parquet"):
-            assert runs[0].table(one, file)["tile_id"].equals(runs[1].table(other, file)["tile_id"])
-        for part in ("train", "val"):  # the class weights are in it
-            assert one.record[part]["loss"] == pytest.approx(other.record[part]["loss"], rel=1e-3)
+            assert runs[0].table(one, file).equals(runs[1].table(other, file))
+        assert one.files["model.safetensors"]["sha256"] == other.files["model.safetensors"]["sha256"]
 
 
 @pytest.fixture
