@@ -118,11 +118,8 @@ def chaos(names: Sequence[str], *, mutant: str | None, soak: float | None, seed:
             return rows
 
         def new_cluster(more: dict[str, str]) -> LocalCluster:
-            made = stack.enter_context(
-                LocalCluster(folder / f"ray-{time.monotonic_ns()}", {**through, **more})
-            )
-            made.complete(NODES)
-            return made
+            folder_of_it = folder / f"ray-{time.monotonic_ns()}"
+            return stack.enter_context(LocalCluster(folder_of_it, {**through, **more}, nodes=NODES))
 
         bench.cluster, bench.new_cluster = new_cluster({}), new_cluster
         if soak:

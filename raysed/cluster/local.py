@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -22,8 +23,11 @@ import psutil
 
 from raysed.errors import ResourcesError, UsageError
 
-START_SECONDS = 90.0
-"""Patience with a process that starts."""
+START_SECONDS = 180.0
+"""Patience with a process that starts: a head takes 25 s on two slow cores, two minutes beside two training runs."""
+
+FIRST_PORT, LAST_PORT = 20_000, 32_000
+"""Of what is started here."""
 
 FAKE_HEAD = 51 * "f" + "00000"
 """Node id that Ray's provider of local nodes expects of the head."""
@@ -200,6 +204,7 @@ class LocalCluster:
         idle_minutes: after which it ends one.
         head_cpus: CPUs of the head.
         authenticated: it demands its token.
+        nodes: of one CPU each, that it begins with besides the head.
     """
 
     def __init__(
@@ -211,37 +216,60 @@ class LocalCluster:
         idle_minutes: float = 5.0,
         head_cpus: int = 0,
         authenticated: bool = True,
+        nodes: int = 0,
     ) -> None:
         self.folder = folder.absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.session = Path(f"/tmp/raysed-{secrets.token_hex(4)}")  # unix sockets have short names
         token = self.folder / "token"
         token.touch(0o600)
         token.write_text(secrets.token_hex(32))
-        port, dashboard = free_ports(2)
-        self.address, self.dashboard = f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "RAYSED_"))},
             **environment,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
             "RAY_AUTH_MODE": "token" if authenticated else "disabled",
             "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_ADDRESS": self.address,  # pins what runs inside to this cluster, should there be another on the machine
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_JOB_STOP_WAIT_TIME_S": "120",  # `ray job stop` kills after 3 s otherwise, before a cycle can be committed
             "RAY_num_workers_soft_limit": "8",  # a node of one CPU ends its read processes after a second without work otherwise
         }
-        self._types, self._idle_minutes, self._head_cpus = types, idle_minutes, head_cpus
+        self._types, self._idle_minutes, self._head_cpus, self._first_nodes = (
+            types,
+            idle_minutes,
+            head_cpus,
+            nodes,
+        )
         self.nodes: list[Process] = []
         self.node_ids: list[str] = []
         """Ray's ids of those that were started here."""
         self.metrics_ports: list[int] = []
 
     def __enter__(self) -> Self:
-        host, _, port = self.address.rpartition(":")
-        self._start("--head", f"--node-ip-address={host}", f"--port={port}", f"--num-cpus={self._head_cpus}", "--num-gpus=0", "--dashboard-host=127.0.0.1",
-                    f"--dashboard-port={self.dashboard.rpartition(':')[2]}", f"--ray-client-server-port={free_ports(1)[0]}", f"--temp-dir={self.session}", *self._autoscaling())  # fmt: skip
+        """Start head and nodes; all of them once more if one does not come (Ray's GCS was gone once in some hundred starts)."""
+        try:
+            self._begin()
+        except ResourcesError as error:
+            warnings.warn(f"a local Ray cluster is started once more: {error}", stacklevel=2)
+            self.__exit__()
+            try:
+                self._begin()
+            except BaseException:
+                self.__exit__()
+                raise
         return self
+
+    def _begin(self) -> None:
+        self.nodes, self.node_ids, self.metrics_ports = [], [], []
+        self.session = Path(f"/tmp/raysed-{secrets.token_hex(4)}")  # unix sockets have short names
+        port, dashboard = free_ports(2)
+        self.address, self.dashboard = f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
+        # pins what runs inside to this cluster, should there be another on the machine
+        self.environment["RAY_ADDRESS"] = self.address
+        host = "127.0.0.1"
+        self._start("--head", f"--node-ip-address={host}", f"--port={port}", f"--num-cpus={self._head_cpus}", "--num-gpus=0", "--dashboard-host=127.0.0.1",
+                    f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_ports(1)[0]}", f"--temp-dir={self.session}", *self._autoscaling())  # fmt: skip
+        for _ in range(self._first_nodes):
+            self.add_node()
 
     def __exit__(self, *_: object) -> None:
         for node in reversed(self.nodes):
@@ -369,11 +397,19 @@ class LocalCluster:
                     "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD,
                     "RAY_prestart_worker_first_driver": "0",  # a node that says 16 CPUs would start 16 processes
                 }
-        log = self.folder / f"node-{len(self.nodes)}.log"
+        log = self.folder / f"node-{self.session.name}-{len(self.nodes)}.log"
         node = Process([_ray(), "start", *flags, *own], log, environment)
         self.nodes.append(node)
         self.metrics_ports.append(metrics)
-        node.wait_until(self._has_new, "a Ray node")
+        try:
+            node.wait_until(self._has_new, "a Ray node")
+        except ResourcesError as error:
+            head = self.nodes[0]
+            if node is head:
+                raise
+            state = "lives" if head.popen.poll() is None else f"has ended with code {head.popen.poll()}"
+            said = head.log.read_text(errors="replace")[-1500:]
+            raise ResourcesError(f"{error}\nits head {state}:\n{said}") from error
 
     def _has_new(self) -> bool:
         """Whether a node has joined that is not in `node_ids`; it is then."""
@@ -389,14 +425,14 @@ def _ray() -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """TCP ports of loopback that nobody listens on now; below the range that SeaweedFS and Ray add offsets to."""
+    """TCP ports that nobody listens on now; above those of Ray's workers, below those that the system gives to outgoing connections."""
     found: list[int] = []
     with contextlib.ExitStack() as held:
         while len(found) < count:
-            probe = held.enter_context(socket.socket())
-            probe.bind(("127.0.0.1", 0))
-            if probe.getsockname()[1] < 55_000:
-                found.append(probe.getsockname()[1])
+            port = FIRST_PORT + secrets.randbelow(LAST_PORT - FIRST_PORT)
+            with contextlib.suppress(OSError):
+                held.enter_context(socket.socket()).bind(("", port))
+                found.append(port)
     return found
 
 

@@ -15,7 +15,7 @@ from raysed.config import SelectConfig
 from raysed.core.acquisition import STRATEGIES
 from raysed.core.pool import matrix, names_of
 from raysed.core.scores import ScoreTable, calibrated
-from raysed.io.store import BadTile, Store
+from raysed.io.store import BadTile, Store, give_back
 
 Weights = Callable[[], tuple[dict[str, np.ndarray], str]]
 """A network's state dict as arrays, and its hash."""
@@ -31,6 +31,8 @@ SAMPLE = 32
 """Visited tiles that a scorer scores too, to bring by-product scores onto its scale."""
 COLLECTED = frozenset({"loss", "class_loss"})
 """Columns that come from training visits alone."""
+MANY = 1_000_000
+"""Tiles of a pool whose scores leave behind holes of memory worth giving back before the next ones; milliseconds, of minutes."""
 RECORDED = frozenset({"entropy", "margin", "mass", "features", "irreducible"}) | COLLECTED
 """Columns that a run can record."""
 
@@ -145,6 +147,8 @@ class Scorekeeper:
             now: the weights that the cycle starts from.
             before: those that the cycle before started from; asked only in mode overlapped, and not in the first cycle.
         """
+        if len(ids) >= MANY:
+            give_back()
         table = self.table.only(ids).older()
         keep = np.flatnonzero(_is_in(names_of(self.visits[0]), ids))
         visited, rows = [self.visits[0][i] for i in keep], self.visits[1][keep]

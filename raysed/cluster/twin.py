@@ -83,10 +83,10 @@ class Twin:
             environment = {**self.server.environment, "RAYSED_DATA": DATA, "RAYSED_RUN": RUN}
             types = yaml.safe_load(self._file.read_text())["available_node_types"] if self._file else None
             self.cluster = stack.enter_context(
-                LocalCluster(self.folder / "ray", environment, types, idle_minutes=IDLE_MINUTES)
+                LocalCluster(
+                    self.folder / "ray", environment, types, idle_minutes=IDLE_MINUTES, nodes=self._nodes
+                )
             )
-            for _ in range(self._nodes):
-                self.cluster.add_node()
             token = self.cluster.environment["RAY_AUTH_TOKEN_PATH"]
             self.say(f"{self._nodes + 1} Ray nodes  dashboard {self.cluster.dashboard}  token in {token}")
             stack.enter_context(self._observed())

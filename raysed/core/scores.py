@@ -53,9 +53,12 @@ class ScoreTable:
             return self
         found = pc.index_in(fresh.ids, value_set=self.ids)
         to, at = np.flatnonzero(found.is_valid()), found.drop_null().to_numpy()
-        scored, loss, age = fresh.scored.copy(), fresh.loss.copy(), fresh.age.copy()
-        scored[to], loss[to], age[to] = self.scored[at], self.loss[at], self.age[at]
-        return replace(fresh, scored=scored, loss=loss, age=age)
+        return replace(
+            fresh,
+            scored=_carried(self.scored, at, fresh.scored, to),
+            loss=_carried(self.loss, at, fresh.loss, to),
+            age=_carried(self.age, at, fresh.age, to),
+        )
 
     def older(self) -> "ScoreTable":
         """A cycle has passed."""
@@ -158,6 +161,16 @@ def _smoothed(before: np.ndarray, new: np.ndarray) -> np.ndarray:
 def _unknown(tiles: int, width: int) -> np.ndarray:
     """(N, width) of nan, in the memory of one: losses of 10^7 tiles that nobody asks for would take a third of a GiB."""
     return np.broadcast_to(np.float32(np.nan), (tiles, width))
+
+
+def _carried(values: np.ndarray, at: np.ndarray, others: np.ndarray, to: np.ndarray) -> np.ndarray:
+    """The others with some of the values; no copy where that changes none of them, because nothing is known on either side."""
+    is_one_row = not any((*values.strides, *others.strides))
+    if not len(at) or (is_one_row and np.array_equal(values[0], others[0], equal_nan=True)):
+        return others
+    made = others.copy()
+    made[to] = values[at]
+    return made
 
 
 def _nullable(values: np.ndarray) -> pa.Array:

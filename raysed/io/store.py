@@ -330,7 +330,7 @@ class Store:
         except (DataError, pa.ArrowInvalid) as error:
             said = " ".join(str(error).split())[:300]
             raise DataError(f"{storage.uri}/{path} is damaged ({said}): prepare the store anew") from error
-        _give_back()
+        give_back()
         return cls(storage, dataset, index)
 
     def only(self, columns: Sequence[str]) -> "Store":
@@ -357,17 +357,19 @@ class Store:
         """
         wanted = names_of(ids)
         if wanted.equals(names_of(self.index["tile_id"][: len(wanted)])):  # a search of 10^7 takes 0.8 GiB
-            return Locations(self.index.select(LOCATION), pa.array(np.arange(len(wanted), dtype=np.int32)))
+            rows = pa.array(np.arange(len(wanted), dtype=np.int32))
+            return Locations(self.index.select(LOCATION), rows, wanted)
         at = pc.index_in(wanted, self.index["tile_id"])
         if at.null_count:
             missing = wanted.filter(pc.is_null(at))[0].as_py()
             raise UsageError(f"tile {missing} is not in the store {self.storage.uri}")
-        return Locations(self.index.select(LOCATION), at)
+        return Locations(self.index.select(LOCATION), at, wanted)
 
 
 def _read_index(file: bytes, columns: Sequence[str]) -> pa.Table:
     """Columns one by one: joining the pieces of all of them at once would take their memory twice."""
-    train = pc.equal(_column(file, "split"), "train")
+    reader = pq.ParquetFile(io.BytesIO(file), read_dictionary=list(_NAMED))
+    train = pc.equal(_column(reader, "split"), "train")
     count = pc.sum(train).as_py() or 0
     order = None
     if pc.any(train[count:]).as_py():
@@ -375,35 +377,52 @@ def _read_index(file: bytes, columns: Sequence[str]) -> pa.Table:
         order = pa.array(np.r_[np.flatnonzero(train), np.flatnonzero(~train)])
     read = {}
     for name in sorted(columns, key=("sha256", "pixels").__contains__, reverse=True):  # while there is room
-        column = _column(file, name)
+        column = _column(reader, name)
         read[name] = column if order is None else column.take(order)
         del column
-        _give_back()
+        give_back()
     return pa.table(read).select(columns)
 
 
-def _give_back() -> None:
-    """What Arrow and glibc have kept of memory that was freed: for 10^7 tiles it would stand beside the columns for good."""
+def give_back() -> None:
+    """Give the system what Arrow and glibc have kept of memory that was freed: for 10^7 tiles it would stand beside the columns for good."""
     pa.default_memory_pool().release_unused()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
     if trim:
         trim(0)
 
 
-def _column(file: bytes, name: str) -> pa.Array:
+def _column(reader: pq.ParquetFile, name: str) -> pa.Array:
+    """A column in as little memory as it takes, a row group at a time."""
+    if name not in reader.schema_arrow.names:
+        raise DataError(f"it has no column {name}")
+    groups = (
+        reader.read_row_group(k, [name], use_threads=False).column(0) for k in range(reader.num_row_groups)
+    )
+    pieces = [chunk for group in groups for chunk in _small(group, name).chunks]
     field = INDEX.field(name)
-    named = [name] if name in _NAMED else []
-    table = pq.read_table(io.BytesIO(file), schema=pa.schema([field]), read_dictionary=named)
-    column = table.column(0)
-    if named:
-        column = column.cast(pa.dictionary(pa.int32(), field.type)).unify_dictionaries()
-    elif name in _COUNTS:
-        column = column.cast(_COUNTS[name])
-    elif name in _OFFSETS and (pc.max(column).as_py() or 0) < 2**32:
-        column = column.cast(pa.uint32())
-    elif name == "sha256":
-        column = pa.chunked_array([_packed(c) for c in column.chunks], _HASH)
-    return column.combine_chunks()
+    if name in _NAMED:
+        named = pa.chunked_array(pieces, pa.dictionary(pa.int32(), field.type))
+        return named.unify_dictionaries().combine_chunks()
+    if not pieces:
+        return pa.array([], _HASH if name == "sha256" else _COUNTS.get(name, field.type))
+    if any(p.type != pieces[0].type for p in pieces):
+        pieces = [p.cast(field.type) for p in pieces]
+    return pa.chunked_array(pieces).combine_chunks()
+
+
+def _small(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
+    """A piece of a column in the narrowest type that holds it."""
+    written = INDEX.field(name).type
+    if name in _NAMED:
+        return column.cast(pa.dictionary(pa.int32(), written))
+    if name in _COUNTS:
+        return column.cast(_COUNTS[name])
+    if name == "sha256":
+        return pa.chunked_array([_packed(c) for c in column.chunks], _HASH)
+    if name in _OFFSETS and (pc.max(column).as_py() or 0) < 2**32:
+        return column.cast(pa.uint32())
+    return column.cast(written)
 
 
 def _packed(hashes: pa.StringArray) -> pa.FixedSizeBinaryArray:
@@ -434,15 +453,11 @@ class Locations(Sequence[dict]):
     Args:
         index: rows of `LOCATION`.
         rows: (n,) of the index.
+        ids: (n,) of the tiles.
     """
 
-    def __init__(self, index: pa.Table, rows: pa.Array) -> None:
-        self._index, self._rows = index, rows
-
-    @property
-    def ids(self) -> pa.StringArray:
-        """Of the tiles, in order."""
-        return names_of(self._index["tile_id"].take(self._rows))
+    def __init__(self, index: pa.Table, rows: pa.Array, ids: pa.StringArray) -> None:
+        self._index, self._rows, self.ids = index, rows, ids
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -202,7 +202,8 @@ def test_scorers_rest_only_when_they_will_be_idle_for_long(store):
 
 
 def located(rows: list[dict]) -> Locations:
-    return Locations(pa.Table.from_pylist(rows), pa.array(range(len(rows))))
+    table = pa.Table.from_pylist(rows)
+    return Locations(table, pa.array(range(len(rows))), names_of(table["tile_id"]))
 
 
 def test_a_chunk_that_two_scorers_did_not_outlive_is_asked_tile_by_tile():

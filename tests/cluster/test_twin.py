@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from processes import FAST, ROOT, environment, error_line
 
-from raysed.cluster import twin
+from raysed.cluster import local, twin
 from raysed.cluster.chaos import small_store as small_store_at
 from raysed.cluster.local import LocalCluster, terminated
+from raysed.errors import ResourcesError
 from raysed.io.ledger import Ledger, verify
 from raysed.io.storage import Storage
 from raysed.io.store import Store
@@ -26,12 +27,37 @@ def cluster(object_server, tmp_path_factory):
     named = {"RAYSED_DATA": DATA, "RAYSED_RUN": RUN}
     with (
         object_server.credentials(),
-        LocalCluster(tmp_path_factory.mktemp("cluster"), {**object_server.environment, **named}) as made,
+        LocalCluster(
+            tmp_path_factory.mktemp("cluster"), {**object_server.environment, **named}, nodes=2
+        ) as made,
     ):
         small_store_at(DATA)
-        made.add_node()
-        made.add_node()
         yield made
+
+
+def test_a_cluster_that_does_not_come_up_is_started_once_more(tmp_path, monkeypatch):
+    ray = local._ray()
+    given = iter(["false"])
+    monkeypatch.setattr(local, "_ray", lambda: next(given, ray))
+    cluster = LocalCluster(tmp_path, {})
+    try:
+        with pytest.warns(UserWarning, match="started once more"):
+            cluster.__enter__()
+        assert cluster.alive() == 1
+    finally:
+        cluster.__exit__()
+
+
+def test_a_cluster_that_never_comes_up_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "_ray", lambda: "false")
+    cluster = LocalCluster(tmp_path, {})
+    with (
+        pytest.warns(UserWarning, match="started once more"),
+        pytest.raises(ResourcesError, match="did not start"),
+    ):
+        cluster.__enter__()
+    assert not cluster.session.exists()
+    assert all(node.popen.poll() is not None for node in cluster.nodes)
 
 
 def job(cluster: LocalCluster, *argv: str, name: str | None = None) -> subprocess.Popen[str]:

@@ -33,6 +33,19 @@ def test_scores_replace_and_visits_are_smoothed():
     assert np.array_equal(table.with_scores(["t2"], row).scored[2], row[0])
 
 
+def test_a_smaller_pool_keeps_what_is_known_and_unknown_rows_take_no_memory():
+    rows = RNG.random((6, 5)).astype(np.float32)
+    fresh = ScoreTable.unknown(IDS, 3).with_scores(IDS, rows)
+    left = fresh.only(["t0", "t2"])
+    assert np.array_equal(left.scored, rows[[0, 2]])
+    assert left.age.tolist() == [0, 0]
+    wider = fresh.only([*IDS, "t9"])
+    assert np.array_equal(wider.scored[:6], rows)
+    assert wider.age.tolist() == [0] * 6 + [NEVER]
+    assert not any((*left.loss.strides, *wider.loss.strides))
+    assert not any(fresh.without_scores().only(["t0"]).scored.strides)
+
+
 def test_what_scorers_told_is_forgotten_and_losses_are_kept():
     table = ScoreTable.unknown(IDS, 3).with_scores(["t1"], visit(1)[:, :5]).with_losses(["t4"], visit(1))
     assert table.with_losses([], visit(0)) is table
