@@ -79,7 +79,11 @@ MISHAPS = (RaysedError, subprocess.SubprocessError, ProcessException)
 CONFIDENCE = 0.95
 """With which an interval holds the median."""
 TURNS = 10
-"""Of a group that takes turns; the first is cold and left out."""
+"""Of a group that takes turns, at most; the first is cold and left out."""
+FEWEST_TURNS, TURNS_SECONDS = 4, 420.0
+"""A group that has taken so many turns begins no other after so many seconds: on slow cores rows have fewer samples, and their
+range as interval.
+"""
 HAS_AMX = torch.cpu._is_amx_tile_supported()
 """Whether this CPU multiplies matrices of bf16 in units of their own."""
 
@@ -202,8 +206,11 @@ class Bench:
         runs = {
             name: Stepper(self._experiment(name), 1, say=lambda _: None) for name in group if name in RUNS
         }
+        until = time.monotonic() + TURNS_SECONDS
         try:
             for turn in range(TURNS):
+                if turn >= FEWEST_TURNS and time.monotonic() > until:
+                    break
                 for name in group:
                     found = self._cycle(name, runs[name], turn) if name in runs else RIVALS[name](self)
                     if turn:

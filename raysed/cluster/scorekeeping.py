@@ -147,7 +147,8 @@ class Scorekeeper:
             now: the weights that the cycle starts from.
             before: those that the cycle before started from; asked only in mode overlapped, and not in the first cycle.
         """
-        if len(ids) >= MANY:
+        is_large = len(ids) >= MANY
+        if is_large:
             give_back()
         table = self.table.only(ids).older()
         keep = np.flatnonzero(_is_in(names_of(self.visits[0]), ids))
@@ -170,7 +171,7 @@ class Scorekeeper:
             )
         columns = table.table()
         self.table = self._kept(table)
-        bad, tiles = (list(found.bad), len(found.ids)) if found else ([], 0)
+        bad, tiles, nodes = (list(found.bad), len(found.ids), found.nodes) if found else ([], 0, {})
         if self.reference is not None:
             more, unread = self._reference_pass(ids)
             bad, tiles = bad + unread, tiles + more
@@ -178,13 +179,10 @@ class Scorekeeper:
             columns = columns.append_column("irreducible", pa.array(values, pa.float32()))
         if self.features and found is not None:
             columns = columns.append_column("features", _features(columns["tile_id"], found))
-        return Scored(
-            columns,
-            tiles,
-            found.nodes if found else {},
-            bad,
-            version,
-        )
+        if is_large:
+            del found, table
+            give_back()
+        return Scored(columns, tiles, nodes, bad, version)
 
     def _reference_pass(self, ids: pa.StringArray) -> tuple[int, list[BadTile]]:
         """Find the irreducible losses, once; the number of tiles scored for that, and those that could not be read."""

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from raysed.cluster.bench import CONFIDENCE, GOALS, interval, row
+from raysed.cluster import bench
+from raysed.cluster.bench import CONFIDENCE, FEWEST_TURNS, GOALS, TURNS, TURNS_SECONDS, Bench, interval, row
 
 
 def test_few_samples_have_their_range_as_interval():
@@ -33,3 +34,20 @@ def test_a_goal_is_met_by_the_worse_end():
     assert (found.value, found.low, found.high, found.met) == (2.0, 1.0, 4.0, False)
     assert found.samples == [2.0, 1.0, 4.0, "a note"]
     assert row("latency", [1.0]).met is None
+
+
+@pytest.mark.parametrize(("seconds", "counted"), [(0.0, TURNS - 1), (TURNS_SECONDS, FEWEST_TURNS - 1)])
+def test_a_slow_machine_takes_fewer_turns(monkeypatch, seconds, counted):
+    now = 0.0
+
+    def take(_: Bench) -> float:
+        nonlocal now
+        now += seconds
+        return now
+
+    made = object.__new__(Bench)
+    made.turns = {}
+    monkeypatch.setattr(bench, "RIVALS", {"one": take, "other": take})
+    monkeypatch.setattr(bench.time, "monotonic", lambda: now)
+    made.take_turns(("one", "other"))
+    assert {name: len(found) for name, found in made.turns.items()} == {"one": counted, "other": counted}
