@@ -261,6 +261,8 @@ class Stream:
             num_cpus=self._reader_cpus,
         )
         stream.set_name(self._name)
+        # an execution learns after a second what it may take, and until then runs one task at a time
+        stream.context.op_resource_reservation_enabled = False
         return _drained(stream.iter_batches(batch_size=None, prefetch_batches=len(items)))
 
 
