@@ -233,12 +233,8 @@ class LocalCluster:
             "RAY_JOB_STOP_WAIT_TIME_S": "120",  # `ray job stop` kills after 3 s otherwise, before a cycle can be committed
             "RAY_num_workers_soft_limit": "8",  # a node of one CPU ends its read processes after a second without work otherwise
         }
-        self._types, self._idle_minutes, self._head_cpus, self._first_nodes = (
-            types,
-            idle_minutes,
-            head_cpus,
-            nodes,
-        )
+        self._types, self._idle_minutes = types, idle_minutes
+        self._head_cpus, self._first_nodes = head_cpus, nodes
         self.nodes: list[Process] = []
         self.node_ids: list[str] = []
         """Ray's ids of those that were started here."""
@@ -265,8 +261,7 @@ class LocalCluster:
         self.address, self.dashboard = f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
         # pins what runs inside to this cluster, should there be another on the machine
         self.environment["RAY_ADDRESS"] = self.address
-        host = "127.0.0.1"
-        self._start("--head", f"--node-ip-address={host}", f"--port={port}", f"--num-cpus={self._head_cpus}", "--num-gpus=0", "--dashboard-host=127.0.0.1",
+        self._start("--head", "--node-ip-address=127.0.0.1", f"--port={port}", f"--num-cpus={self._head_cpus}", "--num-gpus=0", "--dashboard-host=127.0.0.1",
                     f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_ports(1)[0]}", f"--temp-dir={self.session}", *self._autoscaling())  # fmt: skip
         for _ in range(self._first_nodes):
             self.add_node()
