@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, get_args
 
-from raysed.config import Experiment, Field, fields_of, load_config, with_overrides
+from raysed.config import Experiment, Field, SelectConfig, fields_of, load_config, with_overrides
 from raysed.errors import RaysedError, UsageError
 from raysed.experiments import PRESETS
 from raysed.io.storage import Storage
@@ -117,8 +117,10 @@ def parse_experiment(args: argparse.Namespace, start: Experiment) -> tuple[Exper
         if os.environ.get(variable):
             flags.setdefault(name, os.environ[variable])
     preset = args.preset
-    if preset:
-        flags.setdefault("select.strategy", start.select.strategy)  # active.py is active whatever the preset
+    passive = SelectConfig().strategy
+    if preset and passive in (start.select.strategy, PRESETS[preset].select.strategy):
+        # train.py is passive and active.py active whatever the preset, which may say how active.py is
+        flags.setdefault("select.strategy", start.select.strategy)
     if args.config:
         if preset:
             raise UsageError("--preset and --config exclude each other")

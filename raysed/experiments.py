@@ -83,7 +83,7 @@ PRESETS = {
     "paper-short": PAPER_SHORT,
     "paper-synthetic": PAPER_SYNTHETIC,
     "paper-passive": replace(PAPER, select=SelectConfig()),
-    "stable": with_overrides(PAPER, STABILISERS, "stable"),
+    "stable": with_overrides(Experiment(), STABILISERS, "stable"),
     "yardstick": YARDSTICK,
     "yardstick-stable": with_overrides(YARDSTICK, {**STABILISERS, "optim.lr": 2e-3}, "yardstick-stable"),
 }

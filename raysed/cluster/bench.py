@@ -80,9 +80,11 @@ CONFIDENCE = 0.95
 """With which an interval holds the median."""
 TURNS = 10
 """Of a group that takes turns, at most; the first is cold and left out."""
-FEWEST_TURNS, TURNS_SECONDS = 4, 420.0
-"""A group that has taken so many turns begins no other after so many seconds: on slow cores rows have fewer samples, and their
-range as interval.
+FEWEST = 3
+"""Samples that a row has at least."""
+GROUP_SECONDS, ROW_SECONDS = 240.0, 60.0
+"""After which a group that takes turns, or what a row measures in turn, is not measured once more: on slow cores rows have fewer
+samples, and their range as interval.
 """
 HAS_AMX = torch.cpu._is_amx_tile_supported()
 """Whether this CPU multiplies matrices of bf16 in units of their own."""
@@ -206,11 +208,8 @@ class Bench:
         runs = {
             name: Stepper(self._experiment(name), 1, say=lambda _: None) for name in group if name in RUNS
         }
-        until = time.monotonic() + TURNS_SECONDS
         try:
-            for turn in range(TURNS):
-                if turn >= FEWEST_TURNS and time.monotonic() > until:
-                    break
+            for turn in repeats(TURNS, GROUP_SECONDS, cold=1):
                 for name in group:
                     found = self._cycle(name, runs[name], turn) if name in runs else RIVALS[name](self)
                     if turn:
@@ -303,10 +302,19 @@ def alone(action: Callable[[], Any]) -> float:
         return timed(action)
 
 
+def repeats(most: int, seconds: float = ROW_SECONDS, cold: int = 0) -> Iterator[int]:
+    """0, 1, ... up to so many, or until so many seconds have passed; at least the cold ones, which do not count, and `FEWEST`."""
+    until = time.monotonic() + seconds
+    for k in range(most):
+        if k >= FEWEST + cold and time.monotonic() > until:
+            return
+        yield k
+
+
 def alternating(one: Callable[[], Any], other: Callable[[], Any], times: int) -> list[tuple[float, float]]:
     """Seconds of both, in turn, after a turn that does not count."""
     one(), other()
-    return [(timed(one), timed(other)) for _ in range(times)]
+    return [(timed(one), timed(other)) for _ in repeats(times)]
 
 
 def bare_costs(bench: Bench, threads: int, acts: Sequence[str]) -> list[float]:
@@ -659,7 +667,7 @@ def predict_over_bare(bench: Bench) -> Row:
 
     mapped(short)
     ratios = []
-    for _ in range(6):
+    for _ in repeats(6):
         with without_ray():
             forward = min(bare(1), bare(cores))
         ratios.append(more * forward / (mapped(long) - mapped(short)))
@@ -755,7 +763,7 @@ def stream_over_loader(bench: Bench) -> Row:
             stream.close()
 
         ours()
-        pairs = [(timed(ours), alone(lambda: drained(best))) for _ in range(9)]
+        pairs = [(timed(ours), alone(lambda: drained(best))) for _ in repeats(9)]
     return row("stream / DataLoader", [b / a for a, b in pairs], [f"rival: {best.name}"])
 
 
@@ -822,7 +830,7 @@ def augmentation(bench: Bench) -> Row:
         return 100 * timed(all_of_them) / len(tiles) / bare_costs(bench, 1, ("step",))[0]
 
     all_of_them()
-    return row("augmentation", [share() for _ in range(6)])
+    return row("augmentation", [share() for _ in repeats(6)])
 
 
 def bytes_fetched(bench: Bench) -> Row:
@@ -879,7 +887,7 @@ def controller_costs(uri: str) -> tuple[list[float], float]:
         plan(selection.tile_ids, 0, 1, 16, 8)
         assert files
 
-    seconds = [timed(cycle) for _ in range(3)]
+    seconds = [timed(cycle) for _ in repeats(3)]
     return seconds, most_held()
 
 
@@ -919,7 +927,7 @@ def write_index(uri: str, exponent: int) -> None:
     )
 
 
-PROCESS_SECONDS = 600
+PROCESS_SECONDS = 1200
 """After which a process of its own is given up."""
 
 

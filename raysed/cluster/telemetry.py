@@ -153,6 +153,7 @@ class Progress:
         self.left = {name: experiment.cycles - committed[name] for name, experiment in arms}
         self.seconds: dict[str, list[float]] = {name: [] for name, _ in arms}
         self.cycles = {name: experiment.cycles for name, experiment in arms}
+        self.width = max(len(name) for name, _ in arms)
         self.say = say
 
     def cycle(self, arm: str, manifest: Manifest) -> None:
@@ -167,7 +168,7 @@ class Progress:
             f"{k} {seconds[k]:.1f}" for k in ("score", "train", "stall", "evaluate", "commit") if k in seconds
         )
         self.say(
-            f"{arm:>8} {number + 1:>3}/{self.cycles[arm]}  loss {record['train']['loss']:.4f}  mIoU {val['miou']:.3f}  "
+            f"{arm:>{self.width}} {number + 1:>3}/{self.cycles[arm]}  loss {record['train']['loss']:.4f}  mIoU {val['miou']:.3f}  "
             f"worst {worst[0]} {worst[1]:.3f}  {seconds['total']:.1f} s ({phases})  ETA {clock(self.eta())}"
         )
 

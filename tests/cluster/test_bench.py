@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from raysed.cluster import bench
-from raysed.cluster.bench import CONFIDENCE, FEWEST_TURNS, GOALS, TURNS, TURNS_SECONDS, Bench, interval, row
+from raysed.cluster.bench import CONFIDENCE, FEWEST, GOALS, GROUP_SECONDS, TURNS, Bench, interval, row
 
 
 def test_few_samples_have_their_range_as_interval():
@@ -36,7 +36,7 @@ def test_a_goal_is_met_by_the_worse_end():
     assert row("latency", [1.0]).met is None
 
 
-@pytest.mark.parametrize(("seconds", "counted"), [(0.0, TURNS - 1), (TURNS_SECONDS, FEWEST_TURNS - 1)])
+@pytest.mark.parametrize(("seconds", "counted"), [(0.0, TURNS - 1), (GROUP_SECONDS, FEWEST)])
 def test_a_slow_machine_takes_fewer_turns(monkeypatch, seconds, counted):
     now = 0.0
 

@@ -48,7 +48,7 @@ def test_a_run_in_a_bucket_with_the_least_rights_killed_inside_a_cycle_equals_th
     remote = run_here(monkeypatch, capsys, "prepare", *flags, code=0)
     disk = prepare(None, synthetic(10), str(tmp_path / "tiles"), Settings(tile=64), say=lambda _: None)
     assert json.loads(remote.stdout) == disk
-    flags = ["--cycles", "3", "--select.scores", "byproduct", *FAST, *STABLE]
+    flags = ["--cycles", "3", "--select", "entropy", "--select.scores", "byproduct", *FAST, *STABLE]
     flags += ["--cluster.commit-every-steps", "1"]
     where = ["--data", str(tmp_path / "tiles"), "--run", str(tmp_path / "run")]
     run_here(monkeypatch, capsys, "active", *flags, *where, code=0)

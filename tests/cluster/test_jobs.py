@@ -26,7 +26,7 @@ ONE_MORE = str(len(os.sched_getaffinity(0)) + 1)
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_run_killed_at_five_points_ends_equal_to_an_undisturbed_one(small_store, tmp_path):
-    flags = ["--data", small_store, "--cycles", "5", *FAST]
+    flags = ["--data", small_store, "--cycles", "5", "--select", "entropy", *FAST]
     calm, torn = str(tmp_path / "calm"), str(tmp_path / "torn")
     run("active", *flags, "--run", calm)
     for cycle, point in enumerate(("score", "select", "train", "evaluate", "commit")):
@@ -50,8 +50,8 @@ def test_a_run_killed_inside_a_cycle_continues_after_its_last_step(small_store, 
     """With overlapped scores: what the next selection needs is in the ledger, weights of two cycles ago; by-product ones are with those
     in a bucket.
     """
-    flags = ["--data", small_store, "--cycles", "3", "--select.scores", "overlapped", *FAST, *more]
-    flags += ["--cluster.commit-every-steps", "1"]
+    flags = ["--data", small_store, "--cycles", "3", "--select", "entropy", "--select.scores", "overlapped"]
+    flags += ["--cluster.commit-every-steps", "1", *FAST, *more]
     calm, torn = str(tmp_path / "calm"), str(tmp_path / "torn")
     run("active", *flags, "--run", calm)
     kill_at(point, "active", *flags, "--run", torn)
@@ -139,7 +139,7 @@ def test_two_arms_make_a_summary_and_a_report(small_store, tmp_path, monkeypatch
     flags += [*FAST, "--arch", "efficientunet-b0"]
     done = run_here(monkeypatch, capsys, "active", *flags, "--baseline", code=0)
     summary = json.loads((out / "summary.json").read_text())
-    assert list(summary["arms"]) == ["uniform", "entropy"]
+    assert list(summary["arms"]) == ["uniform", "defensive-entropy"]
     for arm in summary["arms"].values():
         assert arm["cycles"] == 2
         assert arm["tiles_per_cycle"] == 24
@@ -148,8 +148,8 @@ def test_two_arms_make_a_summary_and_a_report(small_store, tmp_path, monkeypatch
     assert [line.split()[:2] for line in lines] == [
         ["uniform", "1/2"],
         ["uniform", "2/2"],
-        ["entropy", "1/2"],
-        ["entropy", "2/2"],
+        ["defensive-entropy", "1/2"],
+        ["defensive-entropy", "2/2"],
     ]
     assert (out / "report.html").stat().st_size > 10_000
     assert len((out / "cycles.jsonl").read_text().splitlines()) == 2
@@ -166,7 +166,7 @@ def test_two_arms_make_a_summary_and_a_report(small_store, tmp_path, monkeypatch
         assert curve == pytest.approx([m.record["val"]["iou"][name] for m in committed], rel=1e-6)
     assert (events.Images("examples")[1].width, events.Images("examples")[1].height) == (3 * 64, 4 * 64)
     refused = run_here(monkeypatch, capsys, "train", *flags, code=2)
-    assert "select.strategy: 'entropy' there, 'uniform' now" in error_line(refused)
+    assert "select.strategy: 'defensive-entropy' there, 'uniform' now" in error_line(refused)
 
 
 @pytest.mark.slow

@@ -53,13 +53,16 @@ def test_without_data_the_demo_is_taken():
 
 
 def test_the_job_decides_the_strategy_of_a_preset_unless_told_otherwise():
-    active = Experiment(select=SelectConfig(strategy="entropy"))
-    for argv, expected in (
-        (["--preset", "yardstick"], "entropy"),
-        (["--preset", "paper", "--select", "uniform"], "uniform"),
+    train, active = Experiment(), Experiment(select=SelectConfig(strategy="margin"))
+    for job, argv, expected in (
+        (active, ["--preset", "yardstick"], "margin"),
+        (active, ["--preset", "stable"], "margin"),
+        (active, ["--preset", "paper"], "entropy"),
+        (active, ["--preset", "paper", "--select", "uniform"], "uniform"),
+        (train, ["--preset", "paper"], "uniform"),
     ):
-        args = experiment_parser("", active).parse(["--data", "x", *argv])
-        assert parse_experiment(args, active)[0].select.strategy == expected
+        args = experiment_parser("", job).parse(["--data", "x", *argv])
+        assert parse_experiment(args, job)[0].select.strategy == expected
 
 
 @pytest.mark.parametrize(
