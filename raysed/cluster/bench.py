@@ -370,7 +370,7 @@ def together(act: str, count: int, shape: tuple[int, int]) -> list[tuple[float, 
             torch.multiprocessing.spawn(_apart, (folder, count, act, shape), nprocs=count)
             return sum(float(path.read_text()) for path in Path(folder).glob("rate-*"))
 
-    return [(rate(count), rate(1)) for _ in range(6)]
+    return [(rate(count), rate(1)) for _ in repeats(6)]
 
 
 def apart(bench: Bench, name: str, act: str) -> Row:
