@@ -1,6 +1,6 @@
 """Train on tiles chosen anew before each cycle: half in epochs, half drawn by how unsure the network is of each class.
 
-    python jobs/active.py                                     the demo: a synthetic world, against uniform selection
+    python jobs/active.py                                     the demo: a synthetic world, the most uncertain tiles against uniform ones
     python jobs/active.py --data data/tiles --run runs/active --baseline
     python jobs/active.py --data data/tiles --run runs/paper --select entropy    the most uncertain fifth, as in the paper
     ray job submit --working-dir . -- python jobs/active.py   on a cluster whose RAYSED_DATA and RAYSED_RUN are set

@@ -65,7 +65,11 @@ class Parser(argparse.ArgumentParser):
 def experiment_parser(doc: str | None, start: Experiment) -> Parser:
     """A parser with one flag a field of `Experiment`, --preset and --config; `start` gives the defaults shown."""
     parser = Parser(doc)
-    parser.add_argument("--preset", choices=sorted(PRESETS), help="start from a named configuration")
+    parser.add_argument(
+        "--preset",
+        choices=sorted(PRESETS),
+        help="start from a named configuration; its strategy counts where it and the job are active",
+    )
     parser.add_argument(
         "--config", metavar="FILE", help="start from a JSON file of fields, such as a run's config.json"
     )

@@ -374,8 +374,12 @@ class Experiment:
         """Whether the labels bought come from people; then the pool is all training tiles, labelled in the store or not."""
         return self.buys_labels and self.pool.labels is not None
 
+    def progress(self, cycle: int) -> float:
+        """0 in the first cycle and 1 in the last."""
+        return cycle / max(self.cycles - 1, 1)
+
     def scores_before(self, cycle: int) -> bool:
-        """Whether a cycle selects by scores, given a strategy that does."""
+        """Whether a cycle may select by scores, given a strategy that does."""
         return not self.buys_labels or (cycle > 0 and self.pool.begins(cycle))
 
     def to_dict(self) -> dict[str, Any]:

@@ -879,6 +879,7 @@ def controller_costs(uri: str) -> tuple[list[float], float]:
 
     def cycle() -> None:
         scored = keeper.scores(without(candidates, ()), lambda: ({}, "now"), lambda: ({}, "before"))
+        assert scored is not None
         selection = choose(experiment, 1, scores=scored.table, index=pool, state={}, excluded=set())
         files = {
             "selected.parquet": table_bytes(selection_table(selection)),

@@ -42,7 +42,7 @@ NODES = 2
 """Besides the head."""
 PATIENCE = 180.0
 """Seconds a job may take to reach its gate or its end: nothing may hang longer."""
-JOB = ("--arch", "unet:tu-test_resnet", "--workers", "2", "--cycles", str(CYCLES), "--select.tiles", "24", "--optim.batch", "8",
+JOB = ("--arch", "unet:tu-test_resnet", "--workers", "2", "--cycles", str(CYCLES), "--select.tiles", "24", "--select", "entropy", "--optim.batch", "8",
        "--optim.micro-batch", "4", "--optim.lr", "1e-3", "--cluster.chunk", "16", "--cluster.wait-nodes", "60",
        "--data.bad-tile-budget", "0.01", "--seed", "1")  # fmt: skip
 FAST_SIGNS = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "15", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}

@@ -64,6 +64,7 @@ from raysed.io.ledger import (
     Manifest,
     choose,
     config_hash,
+    reads_scores,
     selection_table,
     source_table,
     table_bytes,
@@ -466,9 +467,11 @@ class Worker:
         if self.exp.begins_anew(cycle):
             self.learner = self._learner()
         if self.keeper and self.rank == 0:
-            if cycle + 1 < self.exp.cycles:
-                self.keeper.begin_ahead(self._selectable(), self._weights)
-            self._rest(cycle)
+            ids = self._selectable()
+            if cycle + 1 < self.exp.cycles and reads_scores(self.exp, cycle + 1, ids, selection.state):
+                self.keeper.begin_ahead(ids, self._weights)
+            if self.exp.buys_labels or reads_scores(self.exp, cycle, ids, self.state):
+                self._rest(cycle, ids, selection.state)
         files, about = {}, None
         if self.rank == 0:
             files["selected.parquet"] = table_bytes(selection_table(selection))
@@ -486,10 +489,11 @@ class Worker:
             }
         return OpenCycle(cycle, selection, excluded, files, about, clock)
 
-    def _rest(self, cycle: int) -> None:
+    def _rest(self, cycle: int, ids: pa.StringArray, state: dict[str, Any]) -> None:
         """Give back scorers that will be idle on nodes that nothing else keeps."""
         assert self.keeper is not None
-        scoring = (c for c in range(cycle + 1, self.exp.cycles) if self.exp.scores_before(c))
+        later = range(cycle + 1, self.exp.cycles)
+        scoring = (c for c in later if reads_scores(self.exp, c, ids, state))
         idle = self._busy * (next(scoring, self.exp.cycles) - cycle)
         if self.setup.shrinks and (given := self.keeper.rest(idle, self.nodes)):
             self._say(f"{given} idle scorers are given back for about {idle:.0f} s")
@@ -501,11 +505,12 @@ class Worker:
         if request := self._asked(cycle):
             table = people.seen(self.ledger.storage, request.number)
             return Scored(table, request.scored, {}, [], request.weights)
+        ids = self._selectable()
+        is_read = reads_scores(self.exp, cycle, ids, self.state)
+        before = partial(self._weights_before, cycle) if cycle else None
         with clock.phase("score"):
-            scores = self.keeper.scores(
-                self._selectable(), self._weights, lambda: self._weights_before(cycle)
-            )
-        self._quarantine(scores.bad)
+            scores = self.keeper.scores(ids, self._weights, before, is_read=is_read)
+        self._quarantine(scores.bad if scores else [])
         return scores
 
     def _asked(self, cycle: int) -> Request | None:

@@ -138,10 +138,17 @@ def _scored(arm: Experiment, pool: int, committed: int, cost: float) -> float:
     left = range(committed, arm.cycles)
     passes = 1.0 if "irreducible" in strategy.needs and 0 in left else 0.0
     if strategy.needs_scores:
+        chosen = arm.select.budget(pool)
+
+        def is_read(cycle: int) -> bool:
+            if strategy.reads is None or arm.buys_labels:
+                return arm.scores_before(cycle)
+            return strategy.reads(arm.progress(cycle), lambda times: cycle * chosen >= times * pool)
+
         share = [
             arm.select.refresh if arm.select.scores == "byproduct" and cycle else 1.0
             for cycle in left
-            if arm.scores_before(cycle)
+            if is_read(cycle)
         ]
         passes += cost * sum(share)
     return pool * passes / max(1, len(left))

@@ -125,12 +125,15 @@ class Scorekeeper:
 
     def forget(self) -> None:
         """Be as at the beginning of a run, but for the irreducible losses, once the pass that may be running has ended."""
+        self._drop_ahead()
+        self.table = ScoreTable.unknown([], self.classes)
+        self.visits = [], self.visits[1][:0]
+
+    def _drop_ahead(self) -> None:
         if self._ahead is not None:
             with suppress(Exception):
                 self._ahead[0].result()
         self._ahead = None
-        self.table = ScoreTable.unknown([], self.classes)
-        self.visits = [], self.visits[1][:0]
 
     def visits_table(self) -> pa.Table:
         """`visits.parquet`: tile_id, row (see `uncertainty.visit_scores`)."""
@@ -139,14 +142,25 @@ class Scorekeeper:
             {"tile_id": pa.array(ids, pa.string()), "row": pa.array(list(rows), pa.list_(pa.float32()))}
         )
 
-    def scores(self, ids: pa.StringArray, now: Weights, before: Weights) -> Scored:
+    def scores(
+        self, ids: pa.StringArray, now: Weights, before: Weights | None, *, is_read: bool = True
+    ) -> Scored | None:
         """Scores for the selection of a cycle.
 
         Args:
             ids: the tiles that can be selected, sorted.
             now: the weights that the cycle starts from.
-            before: those that the cycle before started from; asked only in mode overlapped, and not in the first cycle.
+            before: those that the cycle before started from; asked only in mode overlapped.  None in the first cycle.
+            is_read: whether the selection looks at scores.  If not, what training has told is taken down all the same, and nothing else is scored
+                than the few tiles that bring it onto the scorers' scale.
+
+        Returns:
+            None if there is nothing to take down.
         """
+        if not is_read:
+            self._drop_ahead()
+            if not (self.collects or self.reference):
+                return None
         is_large = len(ids) >= MANY
         if is_large:
             give_back()
@@ -155,12 +169,15 @@ class Scorekeeper:
         visited, rows = [self.visits[0][i] for i in keep], self.visits[1][keep]
         found, version = None, None
         if self.mode == "byproduct" and visited:
-            found, version, table = self._refreshed(table, visited, rows, now)
+            refreshed = math.ceil(self.refresh * len(ids)) if is_read else 0
+            found, version, table = self._refreshed(table, visited, rows, now, refreshed)
         else:
             table = table.with_losses(visited, rows)
-            if self.mode == "overlapped":
+            if not is_read or self.mode == "visits":
+                pass
+            elif self.mode == "overlapped":
                 found, version = self._one_cycle_old(ids, now, before)
-            elif self.mode != "visits":
+            else:
                 found, version = self._pass(ids, now)
         if found is not None:
             kept = _is_in(found.ids, ids)
@@ -209,10 +226,10 @@ class Scorekeeper:
         self._grace = FIRST_GRACE
         return self.scorers.release(occupied)
 
-    def _one_cycle_old(self, ids: pa.StringArray, now: Weights, before: Weights) -> tuple[Scores, str]:
+    def _one_cycle_old(self, ids: pa.StringArray, now: Weights, before: Weights | None) -> tuple[Scores, str]:
         if self._ahead is None:  # the first cycle, or one that is continued
-            found, version = self._pass(ids, before if len(self.table.ids) else now)
-            if not len(self.table.ids):
+            found, version = self._pass(ids, before or now)
+            if before is None:
                 done: Future[Scores] = Future()
                 done.set_result(found)
                 self._ahead = done, version  # the second cycle selects by the first weights as well
@@ -222,13 +239,13 @@ class Scorekeeper:
         return future.result(), version
 
     def _refreshed(
-        self, table: ScoreTable, visited: list[str], rows: np.ndarray, now: Weights
+        self, table: ScoreTable, visited: list[str], rows: np.ndarray, now: Weights, refreshed: int
     ) -> tuple[Scores, str, ScoreTable]:
         spread = np.unique(
             np.linspace(0, len(visited) - 1, min(SAMPLE, len(visited))).astype(int)
         )  # late visits differ
         sample = [visited[i] for i in spread]
-        oldest = table.oldest(math.ceil(self.refresh * len(table.ids)), set(visited))
+        oldest = table.oldest(refreshed, set(visited))
         found, version = self._pass(names_of(sorted([*sample, *oldest])), now)
         scorer = dict(zip(found.ids.to_pylist(), found.rows, strict=True))
         both = [i for i in spread if visited[i] in scorer]

@@ -29,8 +29,8 @@ from raysed.core.active import (
     reducible_loss,
     top_loss,
 )
-from raysed.core.defensive import defensive
-from raysed.core.passive import Select, class_random, epoch_queue, region_random
+from raysed.core.defensive import defensive, reads_scores
+from raysed.core.passive import Reads, Select, class_random, epoch_queue, region_random
 from raysed.core.pool import Pool, Selection
 from raysed.errors import UsageError
 
@@ -62,7 +62,14 @@ BETWEEN = {
 def uniform(
     scores: pa.Table, index: pa.Table, state: dict[str, Any], budget: int, rng: np.random.Generator
 ) -> Selection:
-    """Independent uniform draws without replacement: the paper's passive selection.  Costs nothing."""
+    """Tiles by chance.
+
+    Idea: every tile as often as any other, each cycle anew.
+    Formula: k of N without replacement, independent of the cycles before.
+    Source: the paper's passive selection.
+    Cost: none; O(N).
+    Protocol: both.
+    """
     ids = np.sort(index["tile_id"].to_numpy())
     chosen = rng.choice(ids, budget, replace=False).tolist()
     return Selection(chosen, [1.0] * budget, ["uniform"] * budget)
@@ -71,7 +78,14 @@ def uniform(
 def top_entropy(
     scores: pa.Table, index: pa.Table, state: dict[str, Any], budget: int, rng: np.random.Generator
 ) -> Selection:
-    """The highest mean pixel entropy first: the paper's active selection.  Costs a forward pass over the pool."""
+    """The tiles that the network is least sure of.
+
+    Idea: what it is unsure of, it can learn most from.
+    Formula: the k of the highest mean over pixels of -sum over c of p_c ln p_c, nats; tiles without a score last.
+    Source: the paper's active selection.
+    Cost: a forward pass over the pool; O(N log N).
+    Protocol: both.
+    """
     pool = Pool(scores, index)
     return ranked(pool, pool.score("entropy"), budget, rng, "entropy")
 
@@ -89,13 +103,22 @@ class Strategy:
     """Whether it looks at `class_iou`, which training then counts."""
     factory: Callable[..., Select] | None = None
     """Makes `select`; its keyword arguments with a float as default are the options of the strategy."""
+    reads: Reads | None = None
+    """When `select` looks at scores at all; without it, always.  Nothing is scored for a cycle that does not."""
+    reads_factory: Callable[..., Reads] | None = None
+    """Makes `reads` of the options."""
 
     @classmethod
     def made(
-        cls, factory: Callable[..., Select], needs: frozenset[str] = frozenset(), **reads: bool
+        cls,
+        factory: Callable[..., Select],
+        needs: frozenset[str] = frozenset(),
+        *,
+        reads: Callable[..., Reads] | None = None,
+        **looks: bool,
     ) -> "Strategy":
-        """What a factory makes of its defaults."""
-        return cls(factory(), needs, factory=factory, **reads)
+        """What factories make of their defaults."""
+        return cls(factory(), needs, factory=factory, reads=reads and reads(), reads_factory=reads, **looks)
 
     @property
     def options(self) -> dict[str, float]:
@@ -108,7 +131,8 @@ class Strategy:
         if not numbers or self.factory is None:
             return self
         reads_iou = self.reads_iou or numbers.get("gap_power", 0.0) > 0
-        return replace(self, select=self.factory(**numbers), reads_iou=reads_iou)
+        reads = self.reads_factory and self.reads_factory(**numbers)
+        return replace(self, select=self.factory(**numbers), reads=reads, reads_iou=reads_iou)
 
     @property
     def needs_labels(self) -> bool:
@@ -139,10 +163,10 @@ STRATEGIES = {
     "top-loss": Strategy(top_loss, frozenset({"loss"})),
     "reducible-loss": Strategy(reducible_loss, frozenset({"loss", "irreducible"})),
     "k-center": Strategy(k_center, frozenset({"features"})),
-    "defensive": Strategy.made(defensive, frozenset({"class_loss"})),
-    "defensive-entropy": Strategy.made(partial(defensive, "mass"), frozenset({"mass"})),
+    "defensive": Strategy.made(defensive, frozenset({"class_loss"}), reads=reads_scores),
+    "defensive-entropy": Strategy.made(partial(defensive, "mass"), frozenset({"mass"}), reads=reads_scores),
     "defensive-reducible": Strategy.made(
-        partial(defensive, reducible=True), frozenset({"class_loss", "irreducible"})
+        partial(defensive, reducible=True), frozenset({"class_loss", "irreducible"}), reads=reads_scores
     ),
 }
 """Name -> strategy; `select.strategy` takes these names."""

@@ -1,13 +1,15 @@
 """Our strategy: half of a cycle goes round the pool, the other half to what each class still gets wrong.  Letters: N tiles, k budget, C classes."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from raysed.core import draws
-from raysed.core.active import TAIL, before, gap_weights
-from raysed.core.passive import Select
+from raysed.core.active import before, gap_weights
+from raysed.core.passive import Reads, Select
 from raysed.core.pool import Pool, Selection
 
 MIXTURE = 0.5
@@ -18,6 +20,8 @@ may have more and more of the say."""
 WARM_UP = 1.0
 """Rounds of the pool until which scores are not trusted: what a network first finds hard is mostly what it saw early, and a tile that
 it has not seen has no loss."""
+TAIL = 0.6
+"""Progress from which a run ends in epochs; on real tiles better than none (results/evidence)."""
 CAP = 0.95
 """Quantile of a class's positive scores above which a tile counts as ambiguous, not harder."""
 
@@ -73,6 +77,8 @@ def defensive(
         last_mixture: lambda of the last.
     """
 
+    reads = reads_scores(mixture=mixture, warm_up=warm_up, tail=tail)
+
     def select(
         scores: pa.Table | None, index: pa.Table, state: dict[str, Any], budget: int, rng: np.random.Generator
     ) -> Selection:
@@ -83,8 +89,8 @@ def defensive(
             floor = draws.stratified(pool.codes("region"), budget - hard, rng)
             reasons = ["region's share"] * len(floor)
         else:
-            warm = before(tail, progress) and draws.has_gone_round(pool.ids, state.get("queue"), warm_up)
-            hard = int(mixture * budget) if warm else 0
+            is_warm = reads(progress, partial(draws.has_gone_round, pool.ids, state.get("queue")))
+            hard = int(mixture * budget) if is_warm else 0
             floor, queue = draws.from_queue(pool.ids, state.get("queue"), budget - hard, rng)
             reasons, kept = [f"queue, epoch {queue['epoch']}"] * len(floor), {"queue": queue}
         if not hard:
@@ -113,6 +119,17 @@ def defensive(
         return pool.selection(at, reasons, weights, kept)
 
     return select
+
+
+def reads_scores(
+    *, mixture: float = MIXTURE, warm_up: float = WARM_UP, tail: float = TAIL, **_: float
+) -> Reads:
+    """Whether `defensive` with these numbers looks at scores, by progress and the rounds that its queue has gone."""
+
+    def reads(progress: float, has_gone_round: Callable[[float], bool]) -> bool:
+        return mixture > 0 and before(tail, progress) and has_gone_round(warm_up)
+
+    return reads
 
 
 def difficulty(values: np.ndarray, class_weights: np.ndarray, cap: float) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 CERTAIN = 1 - 1e-9
 """Inclusion probability from which a tile is taken outright, so that rounding cannot draw it twice."""
@@ -145,7 +146,7 @@ def from_queue(
     return taken, {**queue, "last": str(ids[taken[-1]])}
 
 
-def has_gone_round(ids: np.ndarray, queue: dict[str, Any] | None, times: float) -> bool:
+def has_gone_round(ids: np.ndarray | pa.StringArray, queue: dict[str, Any] | None, times: float) -> bool:
     """Whether a queue has gone so often round the pool.  O(N) until it has, then O(1) from the next epoch on.
 
     Args:
@@ -156,7 +157,10 @@ def has_gone_round(ids: np.ndarray, queue: dict[str, Any] | None, times: float) 
     if queue is None:
         return times <= 0
     missing = times - queue["epoch"]
-    return missing <= 0 or bool(_served(ids, _places(ids, queue["key"]), queue).mean() >= missing)
+    if missing <= 0:
+        return True
+    names = np.asarray(ids)
+    return bool(_served(names, _places(names, queue["key"]), queue).mean() >= missing)
 
 
 def _served(ids: np.ndarray, places: np.ndarray, queue: dict[str, Any]) -> np.ndarray:

@@ -11,6 +11,10 @@ from raysed.core.pool import Pool, Selection
 
 Select = Callable[[pa.Table | None, pa.Table, dict[str, Any], int, np.random.Generator], Selection]
 """A strategy: scores, index, state, budget, generator -> selection."""
+Reads = Callable[[float, Callable[[float], bool]], bool]
+"""Whether a strategy looks at scores in a cycle of re-selection, by `progress` and by whether its epoch queue (`queue` in its state) has
+gone so many rounds of the pool.
+"""
 RARE_TEMPERATURE = 0.01
 """Of rare class sampling, as in DAFormer."""
 RARE_SHARE = 3000 / 512**2

@@ -25,6 +25,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ import pyarrow.parquet as pq
 from raysed.config import Experiment
 from raysed.core import metrics
 from raysed.core.acquisition import Selection, Strategy, strategy_of
+from raysed.core.draws import has_gone_round
 from raysed.core.labelling import by_chance, pool_cycle
 from raysed.core.randomness import keyed_rng
 from raysed.core.splits import selectable
@@ -385,6 +387,25 @@ def source_table(sources: list[str], counts: np.ndarray) -> pa.Table:
     )
 
 
+def reads_scores(
+    experiment: Experiment, cycle: int, ids: pa.StringArray | pa.ChunkedArray, state: dict[str, Any]
+) -> bool:
+    """Whether the selection of a cycle looks at scores; for the others nothing has to be scored.
+
+    Args:
+        experiment: for strategy, protocol and progress.
+        cycle: number.
+        ids: the tiles that can be selected.
+        state: the strategy's state after the cycle before.
+    """
+    strategy = strategy_of(experiment.select.strategy, experiment.select.options)
+    if not strategy.needs or not experiment.scores_before(cycle):
+        return False
+    if strategy.reads is None or experiment.buys_labels:
+        return True
+    return strategy.reads(experiment.progress(cycle), partial(has_gone_round, ids, state.get("queue")))
+
+
 def choose(
     experiment: Experiment,
     cycle: int,
@@ -408,21 +429,22 @@ def choose(
         UsageError: the strategy needs scores that this run does not have.
     """
     strategy = strategy_of(experiment.select.strategy, experiment.select.options)
-    if experiment.scores_before(cycle) and (missing := strategy.missing(scores)):
-        raise UsageError(
-            f"strategy {experiment.select.strategy} needs the scores {', '.join(missing)}, which this run does not record: "
-            "choose another --select"
-        )
     pool = selectable(index, experiment.data.held_out, unlabelled=experiment.asks_people)
     if excluded:
         bad = pa.array(sorted(excluded), pa.string())
         pool = pool.filter(pc.invert(pc.is_in(pool["tile_id"], bad)))
+    is_read = reads_scores(experiment, cycle, pool["tile_id"], state)
+    if is_read and (missing := strategy.missing(scores)):
+        raise UsageError(
+            f"strategy {experiment.select.strategy} needs the scores {', '.join(missing)}, which this run does not record: "
+            "choose another --select"
+        )
     budget = experiment.select.budget(len(pool))
     if experiment.buys_labels:
         return _buy_and_choose(
             experiment, cycle, strategy, scores=scores, pool=pool, state=state, budget=budget
         )
-    facts = {"protocol": "reselect", "progress": cycle / max(experiment.cycles - 1, 1)}
+    facts = {"protocol": "reselect", "progress": experiment.progress(cycle)}
     rng = keyed_rng("select", experiment.seed, cycle)
     return strategy.select(scores, pool, {**state, **facts}, budget, rng)
 

@@ -23,6 +23,8 @@ from raysed.report.judging import (
     curve,
     goal,
     machines,
+    precisions,
+    seconds_compare,
     summary_rows,
     verdict,
 )
@@ -205,10 +207,10 @@ def tables(asked: Sequence[Judged], rows: Sequence[Row], split: str) -> str:
         f"# Evidence on {data['name']}, {split} half\n\n{data['train']} training and {data['val']} validation tiles of {data['tile_size']} px, "
         f"{len(first.facts['sources']['names'])} validation images, hash {data['hash'][:12]}.  {first.facts['config']['model']['arch']}, "
         f"{f'pretrained weights {weights}' if weights else 'from scratch'}.  Commit {commits}.  "
-        f"{'; '.join(machines(arms))}; in {', '.join(dict.fromkeys(r.facts['precision'] for r in runs))}.  The best passive arm is {best}.\n\n{commands}\n\n{NOTE}\n"
+        f"{'; '.join(machines(arms))}; in {', '.join(precisions(arms))}.  The best passive arm is {best}.\n\n{commands}\n\n{NOTE}\n"
     )
-    if len(machines(arms)) > 1:
-        head += "\nSeconds are not compared: the runs were made on several kinds of machines.\n"
+    if not seconds_compare(arms):
+        head += "\nSeconds are not compared: the runs were made on several kinds of machines or in several precisions.\n"
     result = [[a.label, a.kind, _seeds(a), *(_spread(found[a.name, m]) for m in metrics)] for a in asked]
     apart = [[a.label, *(_difference(found[a.name, m]) for m in tested)] for a in rivals]
     wins = [[a.label, *(verdict(found[a.name, m]) for m in tested)] for a in rivals]

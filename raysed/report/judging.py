@@ -126,7 +126,7 @@ def summary_rows(arms: Sequence[Judged], split: str, primary: str | None = None)
     ends = {a.name: {s: by_labels(c) for s, c in curves[a.name].items()} for a in arms if a.buys_labels}
     _add_labels(values, ends)
     best = _best_passive(arms, values)
-    timed = len(machines(arms)) == 1
+    timed = seconds_compare(arms)
     if not timed:
         for own in (v for found in values.values() for v in found.values()):
             own["aulc_seconds"] = None
@@ -151,8 +151,18 @@ def summary_rows(arms: Sequence[Judged], split: str, primary: str | None = None)
 
 
 def machines(arms: Sequence[Judged]) -> list[str]:
-    """What the runs were made on, each kind once; seconds are compared only if it is one."""
+    """What the runs were made on, each kind once."""
     return list(dict.fromkeys(m for a in arms for r in a.runs for m in r.machines))
+
+
+def precisions(arms: Sequence[Judged]) -> list[str]:
+    """What the runs were computed in, each once."""
+    return list(dict.fromkeys(r.facts["precision"] for a in arms for r in a.runs))
+
+
+def seconds_compare(arms: Sequence[Judged]) -> bool:
+    """Whether all runs were made on one kind of machine, in one precision: two kinds of processors may have one name."""
+    return len(machines(arms)) == len(precisions(arms)) == 1
 
 
 def _values(run: RunFile) -> dict[str, Any]:
@@ -285,7 +295,7 @@ def goal(rows: Sequence[Row], arm: str) -> dict[str, bool]:
     even = worst is not None and cv is not None and worst >= 0 and cv <= 0 and (worst > 0 or cv < 0)
     return {
         f"{primary['metric']} better": verdict(primary) == "better",
-        "worst class and cv no worse, one better": even,
+        "worst class and cv no worse, one better, by means": even,
         f"fluctuation at most {FLUCTUATION_LIMIT} times": swings is not None
         and swings <= FLUCTUATION_LIMIT * base["mean"],
         f"time at most {TIME_LIMIT} times": seconds is not None and seconds <= TIME_LIMIT,

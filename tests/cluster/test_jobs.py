@@ -151,6 +151,8 @@ def test_two_arms_make_a_summary_and_a_report(small_store, tmp_path, monkeypatch
         ["defensive-entropy", "1/2"],
         ["defensive-entropy", "2/2"],
     ]
+    first_round = [m.record["scores"] for m in Ledger(Storage(str(out))).manifests()]
+    assert first_round == [None, None]  # which looks at none
     assert (out / "report.html").stat().st_size > 10_000
     assert len((out / "cycles.jsonl").read_text().splitlines()) == 2
 

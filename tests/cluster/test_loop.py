@@ -341,6 +341,8 @@ def test_the_grafana_dashboard_shows_every_gauge():
         (SelectConfig(strategy="entropy", scores="overlapped", side="half"), {}, 128, 25),
         (SelectConfig(strategy="entropy", scores="byproduct"), {}, 128, 0.25 * (100 + 9 * 10) / 10),
         (SelectConfig(strategy="entropy", scores="byproduct"), {}, 64, 19),  # half of it is too small
+        (SelectConfig(strategy="defensive-entropy"), {}, 128, 10),  # neither the first round nor the tail
+        (SelectConfig(strategy="defensive-entropy", options="tail=1", scores="byproduct"), {}, 128, 0.25 * 5),
         (SelectConfig(strategy="reducible-loss", reference="run"), {}, 128, 10),
         (
             SelectConfig(strategy="entropy", protocol="pool"),

@@ -15,7 +15,7 @@ import torch
 from processes import environment
 
 from raysed.cluster import scorekeeping, scoring
-from raysed.cluster.scorekeeping import Scorekeeper
+from raysed.cluster.scorekeeping import SAMPLE, Scorekeeper
 from raysed.cluster.scoring import CHUNK, Network, Scorer, ScorerPool, Scores, Work, score_pool
 from raysed.config import SelectConfig
 from raysed.core.networks import build
@@ -136,11 +136,47 @@ def test_the_first_pass_of_overlapped_scores_serves_the_second_cycle_too(store, 
 
     monkeypatch.setattr(Scorekeeper, "_passed", passed)
     keeper = Scorekeeper(None, 1.0, store, select, multiple=32, taken={}, precision="fp32")
-    told = keeper.scores(ids, first, lambda: pytest.fail("there was no cycle before"))
+    told = keeper.scores(ids, first, None)
     keeper.begin_ahead(ids, first)
     again = keeper.scores(ids, lambda: ({}, "second"), first)
     assert [told.weights, again.weights] == ["first", "first"]
     assert passes == ["first"]
+
+
+@pytest.mark.parametrize("mode", ["fresh", "overlapped", "byproduct"])
+def test_a_selection_that_looks_at_no_scores_has_none_made(store, monkeypatch, mode):
+    """By-product scores are taken down all the same, a few tiles scored to bring them onto the scorers' scale."""
+    select, ids = SelectConfig(strategy="entropy", scores=mode), sorted_names(store.index["tile_id"])
+    passes = []
+
+    def passed(self, own, weights, version, **how):
+        passes.append((version, len(own)))
+        rows = np.ones((len(own), 2 + self.classes), np.float32)
+        return Scores(own, rows, np.zeros((len(own), 0)), np.zeros(len(own), np.float32), [], {})
+
+    monkeypatch.setattr(Scorekeeper, "_passed", passed)
+    keeper = Scorekeeper(None, 1.0, store, select, multiple=32, taken={}, precision="fp32")
+
+    def scores(cycle: int, *, is_read: bool):
+        before = (lambda: ({}, f"of {cycle - 1}")) if cycle else None
+        return keeper.scores(ids, lambda: ({}, f"of {cycle}"), before, is_read=is_read)
+
+    first = scores(0, is_read=False)
+    assert passes == []
+    visited = ids.to_pylist()[:40]
+    keeper.visits = visited, np.ones((len(visited), 3 + 2 * keeper.classes), np.float32)
+    second = scores(1, is_read=False)
+    if mode == "byproduct":
+        assert first.table["entropy"].null_count == len(ids)
+        assert second.table["entropy"].null_count == len(ids) - 40
+        assert passes == [("of 1", SAMPLE)]
+        keeper.visits = keeper.visits[0][:0], keeper.visits[1][:0]
+    else:
+        assert (first, second, passes) == (None, None, [])
+    passes.clear()
+    third = scores(2, is_read=True)
+    assert third.table["entropy"].null_count == 0
+    assert passes == [("of 1" if mode == "overlapped" else "of 2", len(ids))]
 
 
 def test_fresh_scores_of_a_run_that_goes_on_are_those_of_one_that_was_not_killed(store, monkeypatch):
