@@ -180,7 +180,7 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def _row(label: str, cells: list[str], last: str = "") -> str:
-    return f"{label[:29]:<30}" + "".join(f"{c[:15]:>16}" for c in cells) + (f"{last:>16}" if last else "")
+    return f"{label[:29]:<30}" + "".join(f"{c[:19]:>20}" for c in cells) + (f"{last:>16}" if last else "")
 
 
 def _numbers(label: str, values: list[float | None], digits: int = 4) -> str:

@@ -67,6 +67,27 @@ def test_a_run_killed_inside_a_cycle_continues_after_its_last_step(small_store, 
     assert scored == [128] * 3
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_killed_where_it_first_looks_at_scores_ends_equal_to_an_undisturbed_one(small_store, tmp_path):
+    """The pass over the pool that ran beside the cycle before is lost; the weights that it was made with are in the ledger."""
+    flags = ["--data", small_store, "--cycles", "4", *FAST, "--select.tiles", "64"]
+    flags += ["--select.scores", "overlapped", "--select.options", "tail=1"]
+    calm, torn = str(tmp_path / "calm"), str(tmp_path / "torn")
+    run("active", *flags, "--run", calm)
+    kill_at("train@2", "active", *flags, "--run", torn)
+    run("active", *flags, "--run", torn)
+    ledger = Ledger(Storage(torn))
+    assert difference(Ledger(Storage(calm)), ledger) == []
+    assert verify(ledger, Store.open(small_store).split("train")) == []
+    assert [m.record["scores"] and m.record["scores"]["tiles"] for m in ledger.manifests()] == [
+        None,
+        None,
+        128,
+        128,
+    ]
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("number", "code"),
@@ -224,7 +245,7 @@ def test_every_architecture_commits_a_cycle(poor_store, tmp_path, monkeypatch, c
 @pytest.mark.usefixtures("ray_session")
 def test_bad_tiles_beyond_the_budget_end_the_run_with_code_4(damaged_store, tmp_path, monkeypatch, capsys):
     uri, victim = damaged_store
-    flags = ["--data", uri, "--cycles", "1", *FAST, "--run", str(tmp_path / "r")]
+    flags = ["--data", uri, "--cycles", "1", "--select", "entropy", *FAST, "--run", str(tmp_path / "r")]
     done = run_here(monkeypatch, capsys, "active", *flags, code=4)
     assert victim in error_line(done)
     check_quarantine(tmp_path / "r", uri, victim)
@@ -241,7 +262,7 @@ def check_quarantine(run_directory, uri, victim):
 @pytest.mark.slow
 def test_bad_tiles_within_the_budget_are_quarantined(damaged_store, tmp_path):
     uri, victim = damaged_store
-    flags = ["--data", uri, "--cycles", "1", *FAST, "--data.bad-tile-budget", "0.01"]
+    flags = ["--data", uri, "--cycles", "1", "--select", "entropy", *FAST, "--data.bad-tile-budget", "0.01"]
     done = run("active", *flags, "--run", str(tmp_path / "r"))
     assert f"tile {victim} is quarantined" in done.stdout
     check_quarantine(tmp_path / "r", uri, victim)

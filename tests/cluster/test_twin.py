@@ -75,6 +75,8 @@ def test_stopped_resubmitted_and_submitted_twice(cluster):
         "2",
         "--cycles",
         "12",
+        "--select",
+        "entropy",
         *FAST,
         *(
             "--scorers",
