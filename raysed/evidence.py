@@ -19,7 +19,7 @@ from raysed.io.store import Store
 from raysed.report import runfile
 from raysed.report.evidence import renew_combined, write_evidence
 from raysed.report.judging import TESTED
-from raysed.runs import say, with_data
+from raysed.runs import absolute, say, with_data
 
 OWN = ("select.strategy", "select.options", "seed", "baseline", "data.validation")
 """Fields that arms, seeds and split fix."""
@@ -77,7 +77,7 @@ class EvidenceArm:
             UsageError: a field that there is not, or a value that it does not take.
         """
         common = {"run": run, "seed": seed, "baseline": False, "data.validation": split}
-        experiment = with_overrides(base, {**self.fixed, **common}, f"arm {self.name}")
+        experiment = absolute(with_overrides(base, {**self.fixed, **common}, f"arm {self.name}"))
         strategy_of(experiment.select.strategy, experiment.select.options)  # refused now, not hours later
         return experiment
 

@@ -63,7 +63,7 @@ def run_experiment(doc: str | None, argv: Sequence[str], start: Experiment) -> i
 
 
 def with_data(experiment: Experiment, preset: str | None) -> Experiment:
-    """The experiment with the absolute URI of its tile store; without one the demo's world is made, once."""
+    """The experiment with the absolute URIs of its tile store and of what else it reads; without a store the demo's world is made, once."""
     uri = experiment.data.uri
     if uri is None:
         uri = DEMO_STORE
@@ -74,7 +74,21 @@ def with_data(experiment: Experiment, preset: str | None) -> Experiment:
 
         shared = experiment.cluster.shared_filesystem
         prepare_synthetic(DEMO_STORE, scenes=DEMO_SCENES, tile=DEMO_TILE, shared_filesystem=shared, say=say)
-    return replace(experiment, data=replace(experiment.data, uri=Storage(uri).uri))
+    return absolute(replace(experiment, data=replace(experiment.data, uri=Storage(uri).uri)))
+
+
+def absolute(experiment: Experiment) -> Experiment:
+    """The experiment with absolute URIs of pretrained weights, references and labels: workers stand in a folder of their own."""
+    from raysed.io.checkpoint import LITE0, is_file_spec
+
+    model, select, pool = experiment.model, experiment.select, experiment.pool
+    if is_file_spec(model.encoder_weights) and model.encoder_weights != LITE0:
+        model = replace(model, encoder_weights=Storage(str(model.encoder_weights)).uri)
+    if select.reference is not None:
+        select = replace(select, reference="+".join(Storage(r).uri for r in select.reference.split("+")))
+    if pool.labels is not None:
+        pool = replace(pool, labels=Storage(pool.labels).uri)
+    return replace(experiment, model=model, select=select, pool=pool)
 
 
 def with_init(experiment: Experiment, *, arch: str | None, config: str | None) -> Experiment:

@@ -344,7 +344,10 @@ def _class_list(
             raise ValueError(f"class and ignore ids must be different and in 0..255, got {ids}")
         return fields.get("name"), classes, ignore, fields
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{where}: not a class list ({type(error).__name__}: {error})") from error
+        wanted = '{"classes": [{"id": 1, "name": "roof", "color": "#DE1F07"}, ...]}'
+        raise UsageError(
+            f"{where}: not a class list ({type(error).__name__}: {error}), expected {wanted}"
+        ) from error
 
 
 def remapped(layout: Layout, file: str) -> Layout:

@@ -1,10 +1,11 @@
 """Labels bought round by round on a real local Ray: killed, continued, replayed."""
 
 import json
+import os
 
 import numpy as np
 import pytest
-from processes import FAST, STABLE, error_line, kill_at, run, run_here
+from processes import FAST, ROOT, STABLE, error_line, kill_at, run, run_here
 
 from raysed.io import codec, store
 from raysed.io.ledger import Ledger, difference, verify
@@ -121,7 +122,8 @@ def test_picks_go_out_to_people_and_the_same_command_continues(
     out, folder = tmp_path / "run", tmp_path / "labels"
     folder.mkdir()
     flags = ["--data", uri, "--run", str(out), "--cycles", "2", "--select.protocol", "pool", "--pool.start", "0.1",
-             "--pool.buy", "0.1", "--pool.cycles", "1", "--pool.labels", str(folder), *FAST]  # fmt: skip
+             "--pool.buy", "0.1", "--pool.cycles", "1", "--pool.labels", os.path.relpath(folder, ROOT), *FAST]  # fmt: skip
+    monkeypatch.chdir(ROOT)  # the workers of a run stand elsewhere
     for number in range(2):
         waiting = run_here(monkeypatch, capsys, "active", *flags, code=8)
         assert f"round {number} waits for 12 of 12 labels" in error_line(waiting)

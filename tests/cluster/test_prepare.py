@@ -23,7 +23,7 @@ from rasterio.transform import Affine
 from raysed import cli
 from raysed.cluster import prepare as prepare_module
 from raysed.cluster.prepare import Settings, pack, plan_grids, prepare, synthetic
-from raysed.config import ClusterConfig, Experiment
+from raysed.config import ClusterConfig, Experiment, with_overrides
 from raysed.errors import DataError, StorageError, UsageError
 from raysed.io import store as store_module
 from raysed.io.sources import (
@@ -580,6 +580,18 @@ def test_the_demos_store_is_made_on_disks_that_are_said_to_be_shared(monkeypatch
     monkeypatch.setattr("raysed.cluster.prepare.prepare", lambda *_, **options: seen.update(options))
     with_data(Experiment(cluster=ClusterConfig(shared_filesystem=shared)), "demo")
     assert seen["shared_filesystem"] is shared
+
+
+def test_what_a_run_reads_is_named_absolutely_since_workers_stand_elsewhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    given = {"data.uri": "tiles", "select.reference": "runs/a+s3://bucket/c", "pool.labels": "labels"}
+    made = with_data(with_overrides(Experiment(), {**given, "model.encoder_weights": "w.pth"}, ""), None)
+    assert made.data.uri == f"{tmp_path}/tiles"
+    assert made.select.reference == f"{tmp_path}/runs/a+s3://bucket/c"
+    assert made.pool.labels == f"{tmp_path}/labels"
+    assert made.model.encoder_weights == f"{tmp_path}/w.pth"
+    named = with_overrides(Experiment(), {"data.uri": "/d", "model.encoder_weights": "imagenet"}, "")
+    assert with_data(named, None) == named
 
 
 @pytest.mark.ray
