@@ -78,12 +78,14 @@ def with_data(experiment: Experiment, preset: str | None) -> Experiment:
 
 
 def absolute(experiment: Experiment) -> Experiment:
-    """The experiment with absolute URIs of pretrained weights, references and labels: workers stand in a folder of their own."""
+    """The experiment with absolute URIs of weights and models to begin with, references and labels: workers stand in a folder of their own."""
     from raysed.io.checkpoint import LITE0, is_file_spec
 
     model, select, pool = experiment.model, experiment.select, experiment.pool
     if is_file_spec(model.encoder_weights) and model.encoder_weights != LITE0:
         model = replace(model, encoder_weights=Storage(str(model.encoder_weights)).uri)
+    if model.init is not None:
+        model = replace(model, init=Storage(model.init).uri)
     if select.reference is not None:
         select = replace(select, reference="+".join(Storage(r).uri for r in select.reference.split("+")))
     if pool.labels is not None:
@@ -92,7 +94,7 @@ def absolute(experiment: Experiment) -> Experiment:
 
 
 def with_init(experiment: Experiment, *, arch: str | None, config: str | None) -> Experiment:
-    """The experiment with the absolute URI and the hash of the model that it starts from, if any.
+    """The experiment with the hash of the model that it starts from, if any.
 
     Args:
         experiment: the experiment.
@@ -107,7 +109,6 @@ def with_init(experiment: Experiment, *, arch: str | None, config: str | None) -
         return experiment
     from raysed.io.model import load, load_init
 
-    wanted = replace(wanted, init=Storage(wanted.init).uri)
     if arch is None and config is None:
         wanted = replace(wanted, arch=load(str(wanted.init)).record.arch)
     return replace(experiment, model=replace(wanted, sha256=load_init(wanted).record.sha256))

@@ -888,7 +888,7 @@ def controller_costs(uri: str) -> tuple[list[float], float]:
         plan(selection.tile_ids, 0, 1, 16, 8)
         assert files
 
-    seconds = [timed(cycle) for _ in repeats(3)]
+    seconds = [timed(cycle) for _ in range(FEWEST)]
     return seconds, most_held()
 
 

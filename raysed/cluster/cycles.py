@@ -459,7 +459,9 @@ class Worker:
         self._at("score", cycle)
         if self.keeper and self.device.type == "cuda":
             torch.cuda.empty_cache()  # a scorer may share the GPU
-        scores = self._score(cycle, clock) if self.keeper and self.exp.scores_before(cycle) else None
+        is_read = self._reads(cycle, self.state)
+        may_score = self.keeper and self.exp.scores_before(cycle)
+        scores = self._score(cycle, clock, is_read=is_read) if may_score else None
         with clock.phase("select"):
             selection, excluded = self._first(lambda: self._select(cycle, scores))
         self._labels(cycle, selection, scores)
@@ -467,11 +469,11 @@ class Worker:
         if self.exp.begins_anew(cycle):
             self.learner = self._learner()
         if self.keeper and self.rank == 0:
-            ids = self._selectable()
-            if cycle + 1 < self.exp.cycles and reads_scores(self.exp, cycle + 1, ids, selection.state):
-                self.keeper.begin_ahead(ids, self._weights)
-            if self.exp.buys_labels or reads_scores(self.exp, cycle, ids, self.state):
-                self._rest(cycle, ids, selection.state)
+            is_ahead = self.exp.select.scores == "overlapped" and cycle + 1 < self.exp.cycles
+            if is_ahead and self._reads(cycle + 1, selection.state):
+                self.keeper.begin_ahead(self._selectable(), self._weights)
+            if is_read or self.exp.buys_labels:
+                self._rest(cycle, selection.state)
         files, about = {}, None
         if self.rank == 0:
             files["selected.parquet"] = table_bytes(selection_table(selection))
@@ -489,27 +491,30 @@ class Worker:
             }
         return OpenCycle(cycle, selection, excluded, files, about, clock)
 
-    def _rest(self, cycle: int, ids: pa.StringArray, state: dict[str, Any]) -> None:
+    def _reads(self, cycle: int, state: dict[str, Any]) -> bool:
+        """Whether the selection of a cycle looks at scores, on rank 0; the other ranks have no say."""
+        is_mine = self.rank == 0 and self.keeper is not None
+        return is_mine and reads_scores(self.exp, cycle, self._selectable(), state)
+
+    def _rest(self, cycle: int, state: dict[str, Any]) -> None:
         """Give back scorers that will be idle on nodes that nothing else keeps."""
         assert self.keeper is not None
-        later = range(cycle + 1, self.exp.cycles)
+        ids, later = self._selectable(), range(cycle + 1, self.exp.cycles)
         scoring = (c for c in later if reads_scores(self.exp, c, ids, state))
         idle = self._busy * (next(scoring, self.exp.cycles) - cycle)
         if self.setup.shrinks and (given := self.keeper.rest(idle, self.nodes)):
             self._say(f"{given} idle scorers are given back for about {idle:.0f} s")
 
-    def _score(self, cycle: int, clock: Clock) -> Scored | None:
+    def _score(self, cycle: int, clock: Clock, *, is_read: bool) -> Scored | None:
         """Scores of the pool, on rank 0; the other ranks wait for the selection."""
         if self.rank or self.keeper is None:
             return None
         if request := self._asked(cycle):
             table = people.seen(self.ledger.storage, request.number)
             return Scored(table, request.scored, {}, [], request.weights)
-        ids = self._selectable()
-        is_read = reads_scores(self.exp, cycle, ids, self.state)
         before = partial(self._weights_before, cycle) if cycle else None
         with clock.phase("score"):
-            scores = self.keeper.scores(ids, self._weights, before, is_read=is_read)
+            scores = self.keeper.scores(self._selectable(), self._weights, before, is_read=is_read)
         self._quarantine(scores.bad if scores else [])
         return scores
 

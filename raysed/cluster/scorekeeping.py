@@ -173,11 +173,9 @@ class Scorekeeper:
             found, version, table = self._refreshed(table, visited, rows, now, refreshed)
         else:
             table = table.with_losses(visited, rows)
-            if not is_read or self.mode == "visits":
-                pass
-            elif self.mode == "overlapped":
+            if is_read and self.mode == "overlapped":
                 found, version = self._one_cycle_old(ids, now, before)
-            else:
+            elif is_read and self.mode != "visits":
                 found, version = self._pass(ids, now)
         if found is not None:
             kept = _is_in(found.ids, ids)

@@ -21,7 +21,7 @@ WARM_UP = 1.0
 """Rounds of the pool until which scores are not trusted: what a network first finds hard is mostly what it saw early, and a tile that
 it has not seen has no loss."""
 TAIL = 0.6
-"""Progress from which a run ends in epochs; on real tiles better than none (results/evidence)."""
+"""Progress from which a run ends in epochs: what the report halves of results/evidence were made with."""
 CAP = 0.95
 """Quantile of a class's positive scores above which a tile counts as ambiguous, not harder."""
 

@@ -433,8 +433,7 @@ def choose(
     if excluded:
         bad = pa.array(sorted(excluded), pa.string())
         pool = pool.filter(pc.invert(pc.is_in(pool["tile_id"], bad)))
-    is_read = reads_scores(experiment, cycle, pool["tile_id"], state)
-    if is_read and (missing := strategy.missing(scores)):
+    if (missing := strategy.missing(scores)) and reads_scores(experiment, cycle, pool["tile_id"], state):
         raise UsageError(
             f"strategy {experiment.select.strategy} needs the scores {', '.join(missing)}, which this run does not record: "
             "choose another --select"

@@ -590,6 +590,8 @@ def test_what_a_run_reads_is_named_absolutely_since_workers_stand_elsewhere(monk
     assert made.select.reference == f"{tmp_path}/runs/a+s3://bucket/c"
     assert made.pool.labels == f"{tmp_path}/labels"
     assert made.model.encoder_weights == f"{tmp_path}/w.pth"
+    begun = with_data(with_overrides(Experiment(), {"data.uri": "/d", "model.init": "model"}, ""), None)
+    assert begun.model.init == f"{tmp_path}/model"
     named = with_overrides(Experiment(), {"data.uri": "/d", "model.encoder_weights": "imagenet"}, "")
     assert with_data(named, None) == named
 
