@@ -406,8 +406,7 @@ class Worker:
             began = time.perf_counter()
             self._settle()
             self._list_quarantine()
-            self._packed = self._committer.submit(packed, self.learner.weights())
-            optimizer = self.learner.optimizer_state()
+            weights, optimizer = self.learner.weights(), self.learner.optimizer_state()
             files = {**opened.files, "state.json": self._state_bytes(opened)}
             if self.keeper and self.collects:
                 files["visits.parquet"] = table_bytes(self.keeper.visits_table())
@@ -447,6 +446,8 @@ class Worker:
             clock.add("commit", time.perf_counter() - began)
             record["seconds"] = seconds = clock.closed()
             self._busy = seconds["total"] - seconds.get("score", 0.0)
+            # not sooner: beside the copies it would share the interpreter with them
+            self._packed = self._committer.submit(packed, weights)
             self._pending = self._committer.submit(
                 self._commit, cycle, files, record, model=self._packed, optimizer=optimizer, pictures=pictures
             )

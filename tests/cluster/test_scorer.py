@@ -260,6 +260,18 @@ def test_a_chunk_that_two_scorers_did_not_outlive_is_asked_tile_by_tile():
     assert work.next(0) is None
 
 
+def test_a_chunk_has_its_tiles_whatever_is_asked_before():
+    locations = [
+        {"tile_id": f"t{i:04d}", "sha256": f"hash {i}"} for i in range(2 * scoring.BLOCK + CHUNK + 5)
+    ]
+    work = Work(located(locations), 1)
+    work.died(0, [work.whole - 2])
+    work.died(0, [work.whole - 2])  # its tiles are chunks of their own now, across no border of a block
+    for k in np.random.default_rng(0).permutation(len(work.chunks)).tolist():
+        assert work.tiles(k) == [locations[i] for i in work.chunks[k]]
+    assert len(work.chunks) == work.whole + CHUNK
+
+
 def test_answers_stand_in_the_order_of_the_tiles_whatever_came_first():
     work = Work(located([{"tile_id": f"t{i:03d}", "sha256": "h"} for i in range(2 * CHUNK)]), 2)
     answers = scoring.Answers(work)
