@@ -5,8 +5,8 @@ order on every rank, and with `ordered_sums` so are gradients.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Literal
@@ -99,24 +99,22 @@ def learning_rate(base: float, schedule: str, step: int, steps: int) -> float:
 
 def weights_of(net: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers by name, on the CPU, contiguous, copied."""
-    with _one_thread():
-        return {n: _copied(t) for n, t in net.state_dict().items()}
+    return _copies(net.state_dict().items())
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """For hundreds of short copies: threads meet after every one, and each meeting waits for a thread that another process has put aside."""
+def _copies(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, in one copy each, by one thread: there are hundreds of short ones, threads would meet after each, and each
+    meeting would wait for a thread that another process has put aside.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        return {
+            name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name, t in tensors
+        }
     finally:
         torch.set_num_threads(threads)
-
-
-def _copied(t: Tensor) -> Tensor:
-    """On the CPU, contiguous, in one copy."""
-    return t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 @dataclass
@@ -408,12 +406,11 @@ class Learner:
         """Adam's moments and step count as `<parameter>.<name>`, the fp16 loss scale, and of averaged weights their age and the
         weights in training as `training/<name>`; Adam has nothing before the first step.
         """
-        with _one_thread():
-            state = {
-                f"{name}.{kind}": _copied(value)
-                for name, p in self.parameters.items()
-                for kind, value in self.adam.state.get(p, {}).items()
-            }
+        state = _copies(
+            (f"{name}.{kind}", value)
+            for name, p in self.parameters.items()
+            for kind, value in self.adam.state.get(p, {}).items()
+        )
         if self.scaler.is_enabled():
             state["loss_scale"] = torch.tensor(self.scaler.get_scale())
             state["loss_scale_steps"] = torch.tensor(self.scaler.state_dict()["_growth_tracker"])
