@@ -65,7 +65,7 @@ from raysed.io.imagery import find_images
 from raysed.io.ledger import Ledger, choose, selection_table, table_bytes
 from raysed.io.model import of_run
 from raysed.io.storage import Storage
-from raysed.io.store import INDEX, LOCATION, POOL, TRAINING, Dataset, Store, Tile, read_tiles
+from raysed.io.store import INDEX, LOCATION, POOL, TRAINING, Dataset, Store, Tile, packed, read_tiles
 
 CPU = torch.device("cpu")
 ARCH = "efficientunet-b0"
@@ -859,8 +859,9 @@ class Told(Scorekeeper):
         work = Work(self.store.located(ids), 8)
         answers = Answers(work)
         for k in range(work.whole):
-            names = [tile["tile_id"] for tile in work.tiles(k)]
-            n = len(names)
+            tiles = work.tiles(k)
+            assert packed(tiles)
+            names, n = tiles["tile_id"].to_pylist(), len(tiles)
             found = {"scores": rng.random((n, width), np.float32), "features": np.zeros((n, 0), np.float16)}
             told = {"ids": names, "loss": np.zeros(n, np.float32), "bad": [], "node": "one"}
             answers.take(k, {**found, **told})

@@ -442,9 +442,19 @@ def _packed(hashes: pa.StringArray) -> pa.FixedSizeBinaryArray:
 def as_written(index: pa.Table) -> pa.Table:
     """Rows of an index, some of its columns or all, as its file holds them."""
     if (at := index.schema.get_field_index("sha256")) >= 0 and index.schema.field(at).type == _HASH:
-        digits = [None if h is None else h.hex() for h in index["sha256"].to_pylist()]
-        index = index.set_column(at, "sha256", pa.array(digits, pa.string()))
+        digits = [_digits(c) for c in index["sha256"].chunks]
+        index = index.set_column(at, "sha256", pa.chunked_array(digits, pa.string()))
     return index.cast(pa.schema([INDEX.field(name) for name in index.column_names]))
+
+
+def _digits(hashes: pa.FixedSizeBinaryArray) -> pa.StringArray:
+    """Hexadecimal digits of hashes, null where there is none."""
+    _, held = hashes.buffers()
+    n, width = len(hashes), hashes.type.byte_width
+    digits = memoryview(held)[hashes.offset * width :][: n * width].hex() if n else ""
+    ends = np.arange(n + 1, dtype=np.int32) * (2 * width)
+    found = pa.StringArray.from_buffers(n, pa.py_buffer(ends), pa.py_buffer(digits.encode()))
+    return pc.if_else(hashes.is_valid(), found, None) if hashes.null_count else found
 
 
 class Locations(Sequence[dict]):
@@ -467,9 +477,27 @@ class Locations(Sequence[dict]):
     @overload
     def __getitem__(self, at: slice) -> list[dict]: ...
     def __getitem__(self, at: int | slice) -> dict | list[dict]:
-        rows = self._index.take(self._rows[at : at + 1] if isinstance(at, int) else self._rows[at])
-        found = as_written(rows).to_pylist()
-        return found[0] if isinstance(at, int) else found
+        return (
+            self.rows(slice(at, at + 1)).to_pylist()[0] if isinstance(at, int) else self.rows(at).to_pylist()
+        )
+
+    def rows(self, at: slice) -> pa.RecordBatch:
+        """Some of them, as columns of an index file."""
+        found = as_written(self._index.take(self._rows[at])).combine_chunks().to_batches()
+        return found[0] if found else pa.RecordBatch.from_pylist([], _PLACES)
+
+
+_PLACES = pa.schema([INDEX.field(name) for name in LOCATION])
+
+
+def packed(rows: pa.RecordBatch) -> bytes:
+    """Rows of `Locations` for another process: 0.4 us a tile, where a list of dicts takes 3."""
+    return rows.serialize().to_pybytes()
+
+
+def unpacked(message: bytes) -> list[dict]:
+    """Rows of `LOCATION` that were `packed`."""
+    return pa.ipc.read_record_batch(message, _PLACES).to_pylist()
 
 
 def read_tiles(

@@ -23,7 +23,7 @@ from raysed.core.pool import names_of, sorted_names
 from raysed.core.scores import ScoreTable
 from raysed.core.step import to_device
 from raysed.core.uncertainty import log_probabilities, tile_scores
-from raysed.io.store import Locations, Store, read_tiles
+from raysed.io.store import INDEX, LOCATION, Locations, Store, packed, read_tiles, unpacked
 
 ARCH = "unet:tu-test_resnet"
 
@@ -45,11 +45,10 @@ def test_loss_and_features_are_those_of_a_plain_forward_pass(store):
     net = build(ARCH, 8, 4).eval()
     weights = {n: t.numpy() for n, t in net.state_dict().items()}
     scorer = LocalScorer(Network(ARCH, 8, "cpu"), store.storage.uri, 64, 1 << 30)
+    asked = packed(store.located(ids).rows(slice(None)))
     for _ in range(2):  # the second time the images are kept already
-        found = scorer.score(
-            weights, "v", store.locations(ids), 64, threads=1, precision="fp32", features=True, loss=True
-        )
-    bare = scorer.score(weights, "v", store.locations(ids), 64, threads=1, precision="fp32")
+        found = scorer.score(weights, "v", asked, 64, threads=1, precision="fp32", features=True, loss=True)
+    bare = scorer.score(weights, "v", asked, 64, threads=1, precision="fp32")
     assert bare["features"].shape == (20, 0)
     assert np.array_equal(bare["scores"], found["scores"])
     tiles = read_tiles(store.storage, store.locations(ids), 64)
@@ -70,9 +69,9 @@ def test_scores_are_of_single_precision_whatever_the_forward_pass_computes_in(st
     ids = store.index["tile_id"].to_pylist()[:20]
     weights = {n: t.numpy() for n, t in build(ARCH, 8, 4).state_dict().items()}
     scorer = LocalScorer(Network(ARCH, 8, "cpu"), store.storage.uri, 64, 1 << 30)
+    asked = packed(store.located(ids).rows(slice(None)))
     full, half = (
-        scorer.score(weights, "v", store.locations(ids), 64, threads=1, precision=p)["scores"]
-        for p in ("fp32", "bf16")
+        scorer.score(weights, "v", asked, 64, threads=1, precision=p)["scores"] for p in ("fp32", "bf16")
     )
     assert not np.array_equal(full, half)
     assert half[:, 2:].sum(1) == pytest.approx(half[:, 0], rel=1e-5)  # the masses sum to the entropy
@@ -237,13 +236,16 @@ def test_scorers_rest_only_when_they_will_be_idle_for_long(store):
     assert released == [{"trainer"}] * 2
 
 
+NOWHERE = dict.fromkeys(LOCATION)
+
+
 def located(rows: list[dict]) -> Locations:
-    table = pa.Table.from_pylist(rows)
+    table = pa.Table.from_pylist(rows, pa.schema([INDEX.field(name) for name in LOCATION]))
     return Locations(table, pa.array(range(len(rows))), names_of(table["tile_id"]))
 
 
 def test_a_chunk_that_two_scorers_did_not_outlive_is_asked_tile_by_tile():
-    locations = [{"tile_id": f"t{i:03d}", "sha256": f"hash {i}"} for i in range(2 * CHUNK + 1)]
+    locations = [{**NOWHERE, "tile_id": f"t{i:03d}", "sha256": f"hash {i}"} for i in range(2 * CHUNK + 1)]
     work = Work(located(locations), 2)
     assert [work.next(0), work.next(1), work.next(0)] == [0, 1, 2]
     work.died(0, [0, 2])
@@ -251,7 +253,7 @@ def test_a_chunk_that_two_scorers_did_not_outlive_is_asked_tile_by_tile():
     work.died(1, [0])
     asked = [work.next(0) for _ in range(CHUNK + 1)]
     assert asked[0] == 2  # what the first one held besides
-    assert [work.tiles(k) for k in asked[1:]] == [[at] for at in locations[:CHUNK]]
+    assert [work.tiles(k).to_pylist() for k in asked[1:]] == [[at] for at in locations[:CHUNK]]
     assert work.next(0) is None
     for _ in range(2):
         work.died(0, [asked[6]])
@@ -262,13 +264,14 @@ def test_a_chunk_that_two_scorers_did_not_outlive_is_asked_tile_by_tile():
 
 def test_a_chunk_has_its_tiles_whatever_is_asked_before():
     locations = [
-        {"tile_id": f"t{i:04d}", "sha256": f"hash {i}"} for i in range(2 * scoring.BLOCK + CHUNK + 5)
+        {**NOWHERE, "tile_id": f"t{i:04d}", "sha256": f"hash {i}"}
+        for i in range(2 * scoring.BLOCK + CHUNK + 5)
     ]
     work = Work(located(locations), 1)
     work.died(0, [work.whole - 2])
     work.died(0, [work.whole - 2])  # its tiles are chunks of their own now, across no border of a block
     for k in np.random.default_rng(0).permutation(len(work.chunks)).tolist():
-        assert work.tiles(k) == [locations[i] for i in work.chunks[k]]
+        assert unpacked(packed(work.tiles(k))) == [locations[i] for i in work.chunks[k]]
     assert len(work.chunks) == work.whole + CHUNK
 
 
@@ -308,8 +311,8 @@ def test_a_tile_that_kills_scorers_is_left_out_and_all_others_have_one_score(ray
         def node(self) -> str:
             return "here"
 
-        def score(self, weights, version, locations, side, *, threads, precision):
-            ids = [at["tile_id"] for at in locations]
+        def score(self, weights, version, tiles, side, *, threads, precision):
+            ids = [at["tile_id"] for at in unpacked(tiles)]
             if "t040" in ids:
                 os._exit(9)
             rows = np.array([[int(t[1:])] * 3 for t in ids], np.float32)
@@ -338,8 +341,8 @@ def test_what_a_silent_scorer_holds_is_asked_of_idle_ones(ray_session, monkeypat
         def node(self) -> str:
             return "here"
 
-        def score(self, weights, version, locations, side, *, threads, precision):
-            ids = [at["tile_id"] for at in locations]
+        def score(self, weights, version, tiles, side, *, threads, precision):
+            ids = [at["tile_id"] for at in unpacked(tiles)]
             if "t000" in ids and not self.flag.exists():
                 self.flag.touch()
                 time.sleep(600)
