@@ -25,6 +25,8 @@ from raysed.io.storage import Storage
 
 UNKNOWN = 255
 """Nodata of entropy and probabilities; their values are 0..254."""
+THREADED = 1 << 22
+"""Pixels for which a thread of compression pays, with its start."""
 Piece = tuple[int, int, np.ndarray]
 """First row, first column, (bands, h, w) uint8."""
 
@@ -107,10 +109,12 @@ def _write_tiff(
     from rasterio.transform import Affine
     from rasterio.windows import Window
 
+    pixels = place.height * place.width * len(bands)
+    threads = max(1, min(len(os.sched_getaffinity(0)), pixels // THREADED))
     with (
         tempfile.TemporaryDirectory(prefix="raysed-") as folder,
         warnings.catch_warnings(),
-        rasterio.Env(GDAL_CACHEMAX=256, GDAL_NUM_THREADS=1, CPL_TMPDIR=folder),
+        rasterio.Env(GDAL_CACHEMAX=256, GDAL_NUM_THREADS=threads, CPL_TMPDIR=folder),
     ):
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         raw, made = os.path.join(folder, "raw.tif"), os.path.join(folder, "cog.tif")

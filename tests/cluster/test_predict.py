@@ -42,7 +42,7 @@ from raysed.core.step import DTYPES, Precision, resolve_precision
 from raysed.core.tiles import VOID, LandClass, target_of
 from raysed.core.windows import Axis, Block, axis, seam_score
 from raysed.errors import DataError, ResourcesError, UsageError
-from raysed.io import checkpoint, model
+from raysed.io import checkpoint, maps, model
 from raysed.io.imagery import find_images, find_labels
 from raysed.io.sources import BadSource, Rule
 from raysed.io.storage import Storage, digest
@@ -241,12 +241,27 @@ def test_a_map_of_pieces_is_that_of_one_block(tmp_path):
             assert (np.abs(a.read().astype(int) - b.read()) > 1).mean() < 1e-3  # sums in another order
 
 
+def test_threads_of_compression_change_no_byte(tmp_path, monkeypatch):
+    net, rng = small_model(), np.random.default_rng(0)
+    place, piece = maps.Place(700, 1200, None, None), rng.integers(1, 4, (1, 700, 1200), np.uint8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
+    made, asked = [], []
+    environment = rasterio.Env
+    monkeypatch.setattr(rasterio, "Env", lambda **k: asked.append(k["GDAL_NUM_THREADS"]) or environment(**k))
+    for pixels_a_thread in (maps.THREADED, 300_000, 1):
+        monkeypatch.setattr(maps, "THREADED", pixels_a_thread)
+        maps.write_map(Storage(str(tmp_path)), "x.tif", place, [(0, 0, piece)], net.record)
+        made.append((tmp_path / "x.tif").read_bytes())
+    assert asked == [1, 2, 4]
+    assert made[0] == made[1] == made[2]
+
+
 @pytest.mark.ray
 def test_what_was_interrupted_is_finished_and_what_is_finished_is_left(ray_session, tmp_path):
-    net, maps = small_model(), []
+    net, made = small_model(), []
     for i in range(4):
         write_tiff(tmp_path / f"in/town_{i}.tif", pixels(200 if i < 3 else 150, 150, seed=i), **PLACE)
-        maps.append(tmp_path / f"out/town_{i}.tif")
+        made.append(tmp_path / f"out/town_{i}.tif")
     settings = Settings(entropy=True, block=40_000)
     task, calm = (Task(net.record, settings, str(tmp_path / n)) for n in ("out", "calm"))
     plans = plans_of(tmp_path / "in", task)
@@ -262,21 +277,21 @@ def test_what_was_interrupted_is_finished_and_what_is_finished_is_left(ray_sessi
     write = Storage(task.target).write
     write(task.marker(plans[3].image), b"")  # about to be written
     write("town_3.entropy.tif", b"from before")
-    finished = maps[0].stat().st_mtime_ns
+    finished = made[0].stat().st_mtime_ns
     said: list[str] = []
     result = run(tmp_path / "in", tmp_path / "out", net, entropy=True, block=40_000, say=said.append)
     assert (result["maps"], result["there before"], result["bad"]) == (3, 1, {})
     here = sum(len(p.blocks) for p in plans[1:3])
     assert any(f"{here - len(plans[2].blocks) + 1} are there already" in line for line in said)
-    assert maps[0].stat().st_mtime_ns == finished
+    assert made[0].stat().st_mtime_ns == finished
     for path in sorted((tmp_path / "calm").glob("*.tif")):
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
         check_cog(path)
     assert not [p for p in (tmp_path / "out/pieces").rglob("*") if p.is_file()]
-    times = [p.stat().st_mtime_ns for p in maps]
+    times = [p.stat().st_mtime_ns for p in made]
     again = run(tmp_path / "in", tmp_path / "out", net, entropy=True, block=40_000)
     assert (again["maps"], again["there before"]) == (0, 4)
-    assert times == [p.stat().st_mtime_ns for p in maps]
+    assert times == [p.stat().st_mtime_ns for p in made]
 
 
 def test_outputs_of_others_are_refused_before_anything_starts(tmp_path):
