@@ -126,6 +126,9 @@ GOALS = {
     "two workers / one": Goal("x", 1.7, True, "tiles/s of two workers of one thread over one of one thread, same global batch"),
     "two processes, steps": Goal("x", None, True, "training steps/s of two processes of one thread that share nothing but the machine over one such process: the most that two workers can do here, and how far a trainer slows beside a busy scorer"),
     "two processes, scores": Goal("x", None, True, "the same of forward passes with scores: the most that two scorers can do here"),
+    "plain loop beside Ray": Goal("x", None, False, "the rival of training / plain loop beside the idle processes of a local Ray and of a run, over the same without them: what Ray takes of these cores; the rest of the row above is the system's own"),
+    "two beside Ray, steps": Goal("x", None, True, "two processes, steps, both sides beside the idle processes of a local Ray and of a run"),
+    "two beside Ray, scores": Goal("x", None, True, "the same of forward passes with scores"),
     "controller 1e5": Goal("s a cycle", 60, False, "scores in, selection, plan and ledger tables of 10^5 tiles, strategy entropy, a fifth selected"),
     "controller 1e6": Goal("s a cycle", 60, False, "the same of 10^6 tiles"),
     "controller 1e7": Goal("s a cycle", 60, False, "the same of 10^7 tiles"),
@@ -243,6 +246,16 @@ class Bench:
             select=replace(select, tiles=TILES),
             cluster=ClusterConfig(device="cpu", worker_cpus=SHARE, **fields),
         )
+
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """A run of the system that has made a cycle and waits."""
+        run = Stepper(self._experiment("idle"), 1, say=lambda _: None)
+        try:
+            run.step(len(Ledger(Storage(str(self.run("idle")))).manifests()))
+            yield
+        finally:
+            run.stop()
 
     @contextmanager
     def in_bucket(self) -> Iterator[Store]:
@@ -373,9 +386,13 @@ def together(act: str, count: int, shape: tuple[int, int]) -> list[tuple[float, 
     return [(rate(count), rate(1)) for _ in repeats(6)]
 
 
-def apart(bench: Bench, name: str, act: str) -> Row:
-    """Work of two processes over that of one."""
-    pairs = bench.together[act, 2]
+def apart(bench: Bench, name: str, act: str, *, beside: bool = False) -> Row:
+    """Work of two processes over that of one; alone on the machine, or beside Ray and a run that do nothing."""
+    if beside:
+        with bench.idle():
+            pairs = together(act, 2, SHAPE)
+    else:
+        pairs = bench.together[act, 2]
     return row(
         name, [two / one for two, one in pairs], [f"one does {np.median(pairs, 0)[1]:.2f} batches of 16/s"]
     )
@@ -506,7 +523,7 @@ def plain_loop(bench: Bench) -> Callable[[Any, int], None]:
     return loop
 
 
-def plain_turn(bench: Bench) -> float:
+def plain_turn(bench: Bench, measure: Callable[[Callable[[], Any]], float] = alone) -> float:
     """Seconds of the rival for the tiles of a cycle."""
     cores = len(os.sched_getaffinity(0))
     if bench.rival is None:
@@ -515,7 +532,7 @@ def plain_turn(bench: Bench) -> float:
         rivals = [Rival.of(data, threads=t, workers=w, prefetch=p, batch=8) for t, w, p in settings]
         bench.rival = loop, best_of(rivals, lambda r: loop(r.loader, r.threads))
     loop, best = bench.rival
-    return alone(lambda: loop(best.loader, best.threads))
+    return measure(lambda: loop(best.loader, best.threads))
 
 
 def training_over_plain(bench: Bench) -> Row:
@@ -524,6 +541,11 @@ def training_over_plain(bench: Bench) -> Row:
     return row(
         "training / plain loop", [s / _training(r) for r, s in both], [f"rival: {bench.rival[1].name}"]
     )
+
+
+def plain_beside(bench: Bench) -> Row:
+    both = zip(bench.turns["plain loop beside Ray"], bench.turns["plain loop"], strict=True)
+    return row("plain loop beside Ray", [beside / alone for beside, alone in both])
 
 
 def _training(record: dict[str, Any]) -> float:
@@ -1015,6 +1037,7 @@ SHARE = 0.2
 RUNS: dict[str, dict[str, Any]] = {
     "passive": {},
     "passive beside": {},
+    "idle": {},
     "active": {"select": SelectConfig(strategy="entropy")},
     "by-product": {"select": SelectConfig(strategy="entropy", scores="byproduct")},
     "passive, one thread": {"threads": 1},
@@ -1027,10 +1050,14 @@ RUNS: dict[str, dict[str, Any]] = {
     "two workers": {"threads": 1, "workers": 2},
 }
 """Runs of the system: how they differ from a passive one with all cores."""
-RIVALS: dict[str, Callable[[Bench], float]] = {"plain loop": plain_turn, "bare costs": bare_turn}
+RIVALS: dict[str, Callable[[Bench], float]] = {
+    "plain loop": plain_turn,
+    "plain loop beside Ray": partial(plain_turn, measure=timed),
+    "bare costs": bare_turn,
+}
 """What else takes turns with them."""
 GROUPS = (
-    ("passive", "plain loop"),
+    ("passive", "plain loop", "plain loop beside Ray"),
     ("passive beside", "active", "by-product", "bare costs"),
     ("passive, one thread", "overlapped"),
     ("one worker", "two workers"),
@@ -1039,6 +1066,7 @@ GROUPS = (
 
 NEEDS = {
     "training / plain loop": {"passive", "plain loop"},
+    "plain loop beside Ray": {"passive", "plain loop", "plain loop beside Ray"},
     "stall": {"passive"},
     "fixed seconds": {"passive"},
     "commit": {"passive"},
@@ -1059,6 +1087,7 @@ APART: dict[str, Sequence[tuple[str, int]]] = {
 
 ROWS: dict[str, Callable[[Bench], Row]] = {
     "training / plain loop": training_over_plain,
+    "plain loop beside Ray": plain_beside,
     "stall": stall,
     "fixed seconds": fixed_seconds,
     "commit": commit,
@@ -1077,6 +1106,8 @@ ROWS: dict[str, Callable[[Bench], Row]] = {
     "bytes fetched": bytes_fetched,
     "two processes, steps": lambda b: apart(b, "two processes, steps", "steps"),
     "two processes, scores": lambda b: apart(b, "two processes, scores", "scores"),
+    "two beside Ray, steps": lambda b: apart(b, "two beside Ray, steps", "steps", beside=True),
+    "two beside Ray, scores": lambda b: apart(b, "two beside Ray, scores", "scores", beside=True),
     "controller 1e5": lambda b: controller(b, 5),
     "controller 1e6": lambda b: controller(b, 6),
     "controller 1e7": lambda b: controller(b, 7),

@@ -342,8 +342,10 @@ class Work:
         """Tiles that no scorer outlives."""
         self._deaths: Counter[int] = Counter()
         self._queues = [deque(range(n, self.whole, scorers)) for n in range(scorers)]
-        # scorers ask for chunks that are near each other
-        self._block = lru_cache(scorers + 1)(lambda first: locations.rows(slice(first, first + BLOCK)))
+        # scorers ask for chunks that are near each other; a block is 0.8 MB
+        self._block = lru_cache(min(scorers + 1, 64))(
+            lambda first: locations.rows(slice(first, first + BLOCK))
+        )
 
     def tiles(self, k: int) -> pa.RecordBatch:
         """Locations of the tiles of a chunk."""

@@ -442,16 +442,21 @@ def _packed(hashes: pa.StringArray) -> pa.FixedSizeBinaryArray:
 def as_written(index: pa.Table) -> pa.Table:
     """Rows of an index, some of its columns or all, as its file holds them."""
     if (at := index.schema.get_field_index("sha256")) >= 0 and index.schema.field(at).type == _HASH:
-        digits = [_digits(c) for c in index["sha256"].chunks]
+        pieces = (c[i : i + _PIECE] for c in index["sha256"].chunks for i in range(0, len(c), _PIECE))
+        digits = [_digits(piece) for piece in pieces]
         index = index.set_column(at, "sha256", pa.chunked_array(digits, pa.string()))
     return index.cast(pa.schema([INDEX.field(name) for name in index.column_names]))
+
+
+_PIECE = 1 << 24
+"""Hashes of which the digits fit into one array of strings."""
 
 
 def _digits(hashes: pa.FixedSizeBinaryArray) -> pa.StringArray:
     """Hexadecimal digits of hashes, null where there is none."""
     _, held = hashes.buffers()
     n, width = len(hashes), hashes.type.byte_width
-    digits = memoryview(held)[hashes.offset * width :][: n * width].hex() if n else ""
+    digits = memoryview(held)[hashes.offset * width :][: n * width].hex()
     ends = np.arange(n + 1, dtype=np.int32) * (2 * width)
     found = pa.StringArray.from_buffers(n, pa.py_buffer(ends), pa.py_buffer(digits.encode()))
     return pc.if_else(hashes.is_valid(), found, None) if hashes.null_count else found
@@ -477,9 +482,7 @@ class Locations(Sequence[dict]):
     @overload
     def __getitem__(self, at: slice) -> list[dict]: ...
     def __getitem__(self, at: int | slice) -> dict | list[dict]:
-        return (
-            self.rows(slice(at, at + 1)).to_pylist()[0] if isinstance(at, int) else self.rows(at).to_pylist()
-        )
+        return self[at : at + 1][0] if isinstance(at, int) else self.rows(at).to_pylist()
 
     def rows(self, at: slice) -> pa.RecordBatch:
         """Some of them, as columns of an index file."""

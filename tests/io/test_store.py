@@ -1,3 +1,4 @@
+import hashlib
 import threading
 from dataclasses import replace
 
@@ -122,6 +123,18 @@ def test_the_index_has_the_training_tiles_first_and_the_same_values_as_its_file(
     assert opened.index["tile_id"][:40].to_pylist() == opened.split("train")["tile_id"].to_pylist()
     part = Store.open(opened.storage.uri, None, ["pixels", "shard"]).index
     assert part == opened.index.select(["pixels", "shard"])
+
+
+def test_hashes_are_written_as_digits_wherever_they_lie(monkeypatch):
+    monkeypatch.setattr(store, "_PIECE", 3)
+    hashes = [hashlib.sha256(bytes([i])).digest() for i in range(20)]
+    hashes[5] = None
+    column = pa.chunked_array([pa.array(hashes, pa.binary(32))[2:], pa.array([], pa.binary(32))])
+    table = pa.table({"sha256": column})
+    expected = [h and h.hex() for h in hashes[2:]]
+    assert as_written(table)["sha256"].to_pylist() == expected
+    assert as_written(table[4:9])["sha256"].to_pylist() == expected[4:9]
+    assert as_written(table[:0]).num_rows == 0
 
 
 @pytest.mark.parametrize(
