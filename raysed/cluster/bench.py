@@ -247,13 +247,12 @@ class Bench:
             cluster=ClusterConfig(device="cpu", worker_cpus=SHARE, **fields),
         )
 
-    @contextmanager
-    def idle(self) -> Iterator[None]:
-        """A run of the system that has made a cycle and waits."""
+    def beside_ray(self, act: str) -> list[tuple[float, float]]:
+        """`together` of two, beside the processes of Ray and of a run that has made a cycle and waits."""
         run = Stepper(self._experiment("idle"), 1, say=lambda _: None)
         try:
             run.step(len(Ledger(Storage(str(self.run("idle")))).manifests()))
-            yield
+            return together(act, 2, SHAPE)
         finally:
             run.stop()
 
@@ -386,13 +385,8 @@ def together(act: str, count: int, shape: tuple[int, int]) -> list[tuple[float, 
     return [(rate(count), rate(1)) for _ in repeats(6)]
 
 
-def apart(bench: Bench, name: str, act: str, *, beside: bool = False) -> Row:
-    """Work of two processes over that of one; alone on the machine, or beside Ray and a run that do nothing."""
-    if beside:
-        with bench.idle():
-            pairs = together(act, 2, SHAPE)
-    else:
-        pairs = bench.together[act, 2]
+def apart(name: str, pairs: list[tuple[float, float]]) -> Row:
+    """Work of two processes over that of one."""
     return row(
         name, [two / one for two, one in pairs], [f"one does {np.median(pairs, 0)[1]:.2f} batches of 16/s"]
     )
@@ -545,7 +539,7 @@ def training_over_plain(bench: Bench) -> Row:
 
 def plain_beside(bench: Bench) -> Row:
     both = zip(bench.turns["plain loop beside Ray"], bench.turns["plain loop"], strict=True)
-    return row("plain loop beside Ray", [beside / alone for beside, alone in both])
+    return row("plain loop beside Ray", [slow / fast for slow, fast in both])
 
 
 def _training(record: dict[str, Any]) -> float:
@@ -1104,10 +1098,10 @@ ROWS: dict[str, Callable[[Bench], Row]] = {
     "precision unet": lambda b: precision(b, "precision unet", "unet"),
     "augmentation": augmentation,
     "bytes fetched": bytes_fetched,
-    "two processes, steps": lambda b: apart(b, "two processes, steps", "steps"),
-    "two processes, scores": lambda b: apart(b, "two processes, scores", "scores"),
-    "two beside Ray, steps": lambda b: apart(b, "two beside Ray, steps", "steps", beside=True),
-    "two beside Ray, scores": lambda b: apart(b, "two beside Ray, scores", "scores", beside=True),
+    "two processes, steps": lambda b: apart("two processes, steps", b.together["steps", 2]),
+    "two processes, scores": lambda b: apart("two processes, scores", b.together["scores", 2]),
+    "two beside Ray, steps": lambda b: apart("two beside Ray, steps", b.beside_ray("steps")),
+    "two beside Ray, scores": lambda b: apart("two beside Ray, scores", b.beside_ray("scores")),
     "controller 1e5": lambda b: controller(b, 5),
     "controller 1e6": lambda b: controller(b, 6),
     "controller 1e7": lambda b: controller(b, 7),
